@@ -1,0 +1,1 @@
+"""Helpers without a subject: optional imports, the state of the environment, measuring, plotting, image data."""
