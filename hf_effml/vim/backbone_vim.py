@@ -1,0 +1,77 @@
+"""Vision Mamba as a backbone for dense tasks."""
+
+from typing import Any
+
+from torch import Tensor
+from transformers.backbone_utils import BackboneMixin
+from transformers.modeling_outputs import BackboneOutput
+
+from .configuration_vim import VimConfig
+from .modeling_vim import VimEncoder
+
+
+class VimBackbone(BackboneMixin, VimEncoder):
+    r"""
+    Vision Mamba as a backbone for dense tasks: the residual stream after chosen blocks as feature maps, class token
+    left out.
+
+    Works in `UperNetForSemanticSegmentation` and everything else that takes a `backbone_config`.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from hf_effml import VimBackbone, VimConfig
+    >>> config = VimConfig(image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=2, out_features=["stage1",
+    "stage2"]) >>> [tuple(maps.shape) for maps in VimBackbone(config)(torch.zeros(1, 3, 32, 32)).feature_maps] [(1, 32,
+    4, 4), (1, 32, 4, 4)]
+
+    ```
+    """
+
+    has_attentions = False
+
+    def __init__(self, config: VimConfig):
+        super().__init__(config)
+        self.num_features = [config.hidden_size] * (config.num_hidden_layers + 1)
+        self.post_init()
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> BackboneOutput | tuple:
+        """
+        Compute feature maps; images of any size are accepted.
+
+        Args:
+            pixel_values (`Tensor` of shape `(batch, channels, height, width)`): Normalised images.
+            output_hidden_states (`bool`, *optional*): Also return the tokens after every block.
+            return_dict (`bool`, *optional*): `False` returns a plain tuple.
+
+        Returns:
+            `BackboneOutput`: `feature_maps`, one `(batch, hidden_size, rows, columns)` tensor per entry of
+            `out_features`.
+        """
+        keep_all = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        hidden_states, cls_indices = self._embed(pixel_values, interpolate_pos_encoding=True)
+        grid = self._grid(pixel_values)
+        patch_rows = [row for row in range(hidden_states.shape[1]) if row not in cls_indices]
+        all_states = [hidden_states]
+        for layer in self.layers:
+            all_states.append(layer(all_states[-1])[0])
+        output = BackboneOutput(
+            feature_maps=tuple(
+                states[:, patch_rows].mT.unflatten(2, grid).to(self.dtype)
+                for stage, states in zip(self.stage_names, all_states, strict=True)
+                if stage in self.out_features
+            ),
+            hidden_states=tuple(all_states) if keep_all else None,
+        )
+        as_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if as_dict else output.to_tuple()
+
+
+__all__ = ["VimBackbone"]

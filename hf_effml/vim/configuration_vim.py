@@ -1,0 +1,175 @@
+"""Configuration of Vision Mamba (Vim)."""
+
+import math
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+from transformers.backbone_utils import BackboneConfigMixin
+
+
+@strict
+class VimConfig(BackboneConfigMixin, PreTrainedConfig):
+    r"""
+    Configuration of [`VimModel`] and its heads. The defaults give Vim-tiny of "Vision Mamba"
+    (https://huggingface.co/papers/2401.09417); `hidden_size` 384 and 768 give small and base.
+
+    Args:
+        image_size (`int` or `list[int]`, *optional*, defaults to 224):
+            Height and width in pixels, or one number for both.
+        patch_size (`int`, *optional*, defaults to 16): Side of a patch in pixels.
+        patch_stride (`int`, *optional*, defaults to `patch_size`):
+            Step between patches. A smaller one overlaps them: the "+" models use 8, four times the tokens.
+        num_channels (`int`, *optional*, defaults to 3): Channels of the image.
+        hidden_size (`int`, *optional*, defaults to 192): Width of the residual stream.
+        num_hidden_layers (`int`, *optional*, defaults to 24): Number of blocks.
+        state_size (`int`, *optional*, defaults to 16):
+            States per channel of the scan; time and memory of the scan grow with it.
+        conv_kernel (`int`, *optional*, defaults to 4): Length of the depthwise convolution before the scan.
+        expand (`int`, *optional*, defaults to 2): Inner width of the mixer over `hidden_size`.
+        time_step_rank (`int` or `"auto"`, *optional*, defaults to `"auto"`):
+            Rank of the step-size projection; `"auto"` is `ceil(hidden_size / 16)`.
+        time_step_min (`float`, *optional*, defaults to 0.001): Smallest initial step size.
+        time_step_max (`float`, *optional*, defaults to 0.1): Largest initial step size.
+        time_step_floor (`float`, *optional*, defaults to 1e-4): Lower clamp of the initial step size.
+        time_step_scale (`float`, *optional*, defaults to 1.0): Scale of the initial step-size projection.
+        time_step_init_scheme (`"random"` or `"constant"`, *optional*, defaults to `"random"`):
+            How that projection starts.
+        use_conv_bias (`bool`, *optional*, defaults to `True`): Whether the convolutions have a bias.
+        use_bias (`bool`, *optional*, defaults to `False`): Whether the input and output projections have a bias.
+        layer_norm_eps (`float`, *optional*, defaults to 1e-5): Epsilon of the RMS norms.
+        residual_in_fp32 (`bool`, *optional*, defaults to `True`):
+            Keep the residual stream in float32 in half-precision models.
+        cls_token_position (`str`, *optional*, defaults to `"middle"`):
+            `"middle"` (all published weights), `"head"`, `"double"` (one at each end) or `"none"`.
+        pooling (`str`, *optional*, defaults to `"cls"`):
+            `"cls"` reads the class token(s); `"mean"` or `"last"` over the patches are for models without class token.
+        divide_output (`bool`, *optional*, defaults to `True`):
+            Halve the sum of the two directions, as all published weights do.
+        layer_scale_init_value (`float`, *optional*):
+            Initial value of a learned scale on every mixer's output; none if unset.
+        hidden_dropout_prob (`float`, *optional*, defaults to 0.0): Dropout after the position embedding.
+        drop_path_rate (`float`, *optional*, defaults to 0.0):
+            Stochastic depth of the last block; it grows linearly from 0.
+        use_abs_pos_embed (`bool`, *optional*, defaults to `True`): Whether to add a learned position embedding.
+        initializer_range (`float`, *optional*, defaults to 0.02):
+            Standard deviation of class token, positions and classifier.
+        symmetric_dt_init (`bool`, *optional*, defaults to `False`):
+            Initialise the backward direction's step sizes like the forward ones. The original leaves their bias at
+            zero (vim.md 3.4), a quirk kept by default for parity.
+        out_features, out_indices: Stages that [`VimBackbone`] returns, of `"stem"`, `"stage1"`, ... ; the last by
+        default.
+
+    Raises:
+        StrictDataclassError: If a field has the wrong type or an impossible value; the message names both.
+
+    Example:
+
+    ```python
+    >>> from hf_effml import VimConfig
+    >>> VimConfig(hidden_size=384).intermediate_size
+    768
+
+    ```
+    """
+
+    model_type = "vim"
+
+    image_size: int | list[int] | tuple[int, ...] = 224
+    patch_size: int = 16
+    patch_stride: int | None = None
+    num_channels: int = 3
+    hidden_size: int = 192
+    num_hidden_layers: int = 24
+    state_size: int = 16
+    conv_kernel: int = 4
+    expand: int = 2
+    time_step_rank: int | Literal["auto"] = "auto"
+    time_step_min: float | int = 0.001
+    time_step_max: float | int = 0.1
+    time_step_floor: float | int = 1e-4
+    time_step_scale: float | int = 1.0
+    time_step_init_scheme: Literal["random", "constant"] = "random"
+    use_conv_bias: bool = True
+    use_bias: bool = False
+    layer_norm_eps: float = 1e-5
+    residual_in_fp32: bool = True
+    cls_token_position: Literal["middle", "head", "double", "none"] = "middle"
+    pooling: Literal["cls", "mean", "last"] = "cls"
+    divide_output: bool = True
+    layer_scale_init_value: float | int | None = None
+    hidden_dropout_prob: float | int = 0.0
+    drop_path_rate: float | int = 0.0
+    use_abs_pos_embed: bool = True
+    initializer_range: float | int = 0.02
+    symmetric_dt_init: bool = False
+    _out_features: list[str] | None = None
+    _out_indices: list[int] | None = None
+
+    def __post_init__(self, **kwargs) -> None:
+        self.patch_stride = self.patch_stride or self.patch_size
+        if self.time_step_rank == "auto":
+            self.time_step_rank = math.ceil(self.hidden_size / 16)
+        self.stage_names = ["stem"] + [f"stage{index}" for index in range(1, self.num_hidden_layers + 1)]
+        self.set_output_features_output_indices(
+            out_features=kwargs.pop("out_features", None), out_indices=kwargs.pop("out_indices", None)
+        )
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self) -> None:
+        """Check ranges and combinations; called by `strict` on construction."""
+        positive = ("patch_size", "patch_stride", "num_channels", "hidden_size", "num_hidden_layers", "state_size")
+        for name in (*positive, "conv_kernel", "expand", "time_step_rank"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1; got {getattr(self, name)}.")
+        for name in ("hidden_dropout_prob", "drop_path_rate"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be in [0, 1); got {getattr(self, name)}.")
+        if not 0 < self.time_step_min <= self.time_step_max:
+            raise ValueError(
+                f"`time_step_min` must be positive and at most `time_step_max`; got {self.time_step_min} and "
+                f"{self.time_step_max}."
+            )
+        size = self.image_size
+        if not isinstance(size, int) and len(size) != 2:
+            raise ValueError(f"`image_size` must be one number or [height, width]; got {size}.")
+        if min(self._image_shape) < self.patch_size:
+            raise ValueError(
+                f"`image_size` {size} is smaller than `patch_size` {self.patch_size}. Use smaller patches."
+            )
+        if self.pooling == "cls" and self.cls_token_position == "none":
+            raise ValueError('`pooling="cls"` needs a class token; set `pooling` to "mean" or "last", or add one.')
+        if self.pooling != "cls" and self.cls_token_position != "none":
+            raise ValueError(
+                f"`pooling={self.pooling!r}` is for models without class token; got "
+                f'`cls_token_position={self.cls_token_position!r}`. Use `pooling="cls"`.'
+            )
+
+    @property
+    def _image_shape(self) -> tuple[int, int]:
+        size = self.image_size
+        return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        height, width = ((side - self.patch_size) // self.patch_stride + 1 for side in self._image_shape)
+        return height, width
+
+    @property
+    def num_patches(self) -> int:
+        """Number of patches of one image."""
+        return self.grid_size[0] * self.grid_size[1]
+
+    @property
+    def num_class_tokens(self) -> int:
+        """0, 1 or 2, by `cls_token_position`."""
+        return {"none": 0, "double": 2}.get(self.cls_token_position, 1)
+
+    @property
+    def intermediate_size(self) -> int:
+        """Inner width of the mixer."""
+        return self.expand * self.hidden_size
+
+
+__all__ = ["VimConfig"]

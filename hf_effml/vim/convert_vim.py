@@ -1,0 +1,216 @@
+"""Official Vim and R-MeeTo checkpoints (`.pth` or safetensors, official keys) to folders for `from_pretrained`."""
+
+import argparse
+import math
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import BitImageProcessor
+
+from .configuration_vim import VimConfig
+from .modeling_vim import VimForImageClassification, interpolate_positions
+
+
+_IMAGENET_MEAN, _IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+_BICUBIC = 3
+
+
+def vim_image_processor(image_size: int = 224) -> BitImageProcessor:
+    """
+    The evaluation transform of the official models: shorter side to `image_size / 0.875`, bicubic, centre crop,
+    ImageNet statistics.
+
+    Args:
+        image_size (`int`, *optional*, defaults to 224): Side of the crop in pixels.
+
+    Returns:
+        `BitImageProcessor`: Save it beside the model; `AutoImageProcessor` then finds it.
+
+    Example:
+
+    ```python
+    >>> from hf_effml.vim import vim_image_processor
+    >>> vim_image_processor(224).size["shortest_edge"]
+    256
+
+    ```
+    """
+    return BitImageProcessor(
+        size={"shortest_edge": round(image_size / 0.875)},
+        crop_size={"height": image_size, "width": image_size},
+        resample=_BICUBIC,
+        image_mean=_IMAGENET_MEAN,
+        image_std=_IMAGENET_STD,
+    )
+
+
+def read_official_checkpoint(source: str | Path, use_ema: bool = False) -> dict[str, Tensor]:
+    """
+    Read an official checkpoint without running code from it.
+
+    Args:
+        source (`str` or `Path`):
+            A `.safetensors` file, or a `.pth` file: a state dict, or a training checkpoint that holds one. Pickles are
+            read with `weights_only=True`, and of other classes only `argparse.Namespace` is allowed.
+        use_ema (`bool`, *optional*, defaults to `False`): Take the moving average of the weights (`model_ema`).
+
+    Returns:
+        `dict[str, Tensor]`: The state dict with official keys, without a `module.` prefix.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is no checkpoint, would run code, or holds no moving average that was asked for.
+    """
+    source = Path(source)
+    if not source.is_file():
+        raise FileNotFoundError(f"There is no checkpoint file {source}. Download it first and pass its path.")
+    if source.suffix == ".safetensors":
+        checkpoint: Any = load_file(source)
+    else:
+        try:
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                checkpoint = torch.load(source, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, ValueError, EOFError, UnpicklingError) as error:
+            raise ValueError(
+                f"{source} cannot be read safely as a checkpoint ({type(error).__name__}). Only tensors and "
+                "argparse.Namespace are allowed; save the bare state dict as safetensors and convert that."
+            ) from error
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"{source} holds a {type(checkpoint).__name__}, not a state dict.")
+    key = "model_ema" if use_ema else "model"
+    if use_ema and not isinstance(checkpoint.get(key), dict):
+        raise ValueError(
+            f"{source} holds no `model_ema`; leave out use_ema. It has: {', '.join(map(str, checkpoint))[:200]}."
+        )
+    state = checkpoint[key] if isinstance(checkpoint.get(key), dict) else checkpoint
+    return {name.removeprefix("module."): value for name, value in state.items() if isinstance(value, Tensor)}
+
+
+def detect_vim_config(state: dict[str, Tensor], image_size: int = 224, **overrides: Any) -> VimConfig:
+    """
+    Work out the configuration from the shapes of an official state dict (vim.md 3.2).
+
+    Args:
+        state (`dict[str, Tensor]`): State dict with official keys.
+        image_size (`int`, *optional*, defaults to 224): Side in pixels that the position table is for.
+        overrides: Fields of [`VimConfig`] that weights do not show, as `divide_output` or `cls_token_position="head"`.
+
+    Returns:
+        [`VimConfig`]
+
+    Raises:
+        ValueError: If keys are missing, or no patch stride fits the position table at `image_size`.
+    """
+    needed = (
+        "patch_embed.proj.weight",
+        "layers.0.mixer.A_log",
+        "layers.0.mixer.conv1d.weight",
+        "layers.0.mixer.dt_proj.weight",
+    )
+    missing = [key for key in (*needed, "layers.0.mixer.in_proj.weight", "norm_f.weight") if key not in state]
+    if missing:
+        raise ValueError(
+            f"This is no Vim checkpoint; missing: {', '.join(missing)}. It starts with: {list(state)[:5]}."
+        )
+    width, channels, patch_size, _ = state["patch_embed.proj.weight"].shape
+    inner, states = state["layers.0.mixer.A_log"].shape
+    position = "double" if "cls_token_head" in state else "middle" if "cls_token" in state else "none"
+    fields: dict[str, Any] = {
+        "image_size": image_size,
+        "patch_size": patch_size,
+        "num_channels": channels,
+        "hidden_size": width,
+        "num_hidden_layers": 1 + max(int(key.split(".")[1]) for key in state if key.startswith("layers.")),
+        "state_size": states,
+        "conv_kernel": state["layers.0.mixer.conv1d.weight"].shape[-1],
+        "expand": inner // width,
+        "time_step_rank": state["layers.0.mixer.dt_proj.weight"].shape[1],
+        "use_conv_bias": "layers.0.mixer.conv1d.bias" in state,
+        "use_bias": "layers.0.mixer.in_proj.bias" in state,
+        "layer_scale_init_value": 1.0 if "layers.0.mixer.gamma" in state else None,
+        "cls_token_position": position,
+        "pooling": "mean" if position == "none" else "cls",
+        "use_abs_pos_embed": "pos_embed" in state,
+        "num_labels": state["head.weight"].shape[0] if "head.weight" in state else 0,
+    }
+    if "pos_embed" in state:
+        patches = state["pos_embed"].shape[1] - {"none": 0, "double": 2}.get(position, 1)
+        fields["patch_stride"] = _detect_stride(patches, image_size, patch_size)
+    return VimConfig(**{**fields, **overrides})
+
+
+def _detect_stride(patches: int, image_size: int, patch_size: int) -> int:
+    for stride in range(patch_size, 0, -1):
+        if ((image_size - patch_size) // stride + 1) ** 2 == patches:
+            return stride
+    raise ValueError(
+        f"No patch stride gives {patches} patches at `image_size` {image_size} with patches of {patch_size} pixels "
+        f"(side {math.sqrt(patches):.2f}). Pass the image size that the checkpoint was trained for."
+    )
+
+
+def convert_vim_checkpoint(
+    source: str | Path,
+    output_dir: str | Path,
+    use_ema: bool = False,
+    trained_image_size: int = 224,
+    image_size: int | None = None,
+    patch_stride: int | None = None,
+    id2label: dict[int, str] | None = None,
+    **overrides: Any,
+) -> VimForImageClassification:
+    """
+    Convert an official checkpoint to a folder with model, configuration and image processor.
+
+    Args:
+        source (`str` or `Path`): See [`read_official_checkpoint`].
+        output_dir (`str` or `Path`): Folder to write.
+        use_ema (`bool`, *optional*, defaults to `False`): Take the moving average of the weights.
+        trained_image_size (`int`, *optional*, defaults to 224): Side in pixels that the checkpoint was trained for.
+        image_size (`int`, *optional*): Side wanted, if another; the position table is interpolated.
+        patch_stride (`int`, *optional*): Patch stride wanted, if another; the position table is interpolated.
+        id2label (`dict[int, str]`, *optional*): Names of the classes.
+        overrides: See [`detect_vim_config`].
+
+    Returns:
+        [`VimForImageClassification`]: The converted model, also saved in `output_dir`.
+
+    Raises:
+        ValueError: If keys are missing or unexpected (they are listed), or sizes do not fit.
+
+    Example:
+
+    ```python
+    >>> from hf_effml.vim import convert_vim_checkpoint
+    >>> model = convert_vim_checkpoint("vim_t_midclstok_76p1acc.pth", "vim-tiny")  # doctest: +SKIP
+
+    ```
+    """
+    state = read_official_checkpoint(source, use_ema)
+    old = detect_vim_config(state, trained_image_size, **overrides)
+    wanted = {"image_size": image_size or old.image_size, "patch_stride": patch_stride or old.patch_stride}
+    config = VimConfig.from_dict({**old.to_dict(), **wanted, **({"id2label": id2label} if id2label else {})})
+    model = VimForImageClassification(config)
+    if "pos_embed" in state:
+        indices = model.vim._cls_indices(old.num_patches)
+        state["pos_embed"] = interpolate_positions(state["pos_embed"], indices, old.grid_size, config.grid_size)
+    names = {key: f"classifier.{key[5:]}" if key.startswith("head.") else f"vim.{key}" for key in state}
+    report = model.load_state_dict({names[key]: value for key, value in state.items()}, strict=False)
+    if report.missing_keys or report.unexpected_keys:
+        raise ValueError(
+            f"{source} does not fit a Vim. Missing: {report.missing_keys or 'none'}; unexpected: "
+            f"{report.unexpected_keys or 'none'}. "
+            "Variants with rotary positions or without a backward branch are not supported."
+        )
+    if isinstance(model.classifier, nn.Identity):
+        config.num_labels = 0
+    model.save_pretrained(output_dir)
+    vim_image_processor(config.image_size).save_pretrained(output_dir)
+    return model.eval()
+
+
+__all__ = ["convert_vim_checkpoint", "detect_vim_config", "read_official_checkpoint", "vim_image_processor"]

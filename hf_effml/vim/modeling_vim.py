@@ -1,0 +1,604 @@
+"""Vision Mamba (Vim): a plain stack of bidirectional Mamba blocks, and its image classifier."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import ModelOutput
+
+from .configuration_vim import VimConfig
+from .selective_scan import ScanStream, selective_scan
+
+
+@dataclass
+class VimModelOutput(ModelOutput):
+    """
+    Output of [`VimModel`].
+
+    Args:
+        last_hidden_state (`Tensor` of shape `(batch, tokens, hidden_size)`):
+            Normalised tokens, class token(s) in their place.
+        pooler_output (`Tensor` of shape `(batch, hidden_size)`): The feature that a head reads.
+        hidden_states (`tuple[Tensor, ...]`, *optional*):
+            `num_hidden_layers + 1` tensors `(batch, tokens, hidden_size)`: the embeddings, then the residual stream
+            after every block. When tokens are merged their number differs from block to block.
+        cls_token_index (`Tensor` of shape `(batch, class tokens)`):
+            Where the class token(s) stand in `last_hidden_state`; the other rows are the patches.
+        merge_info (`MergeInfo`, *optional*): What token merging did, with `output_merge_info=True` on a merged model.
+    """
+
+    last_hidden_state: Tensor | None = None
+    pooler_output: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    cls_token_index: Tensor | None = None
+    merge_info: Any = None
+
+
+@dataclass
+class VimImageClassifierOutput(ModelOutput):
+    """
+    Output of [`VimForImageClassification`].
+
+    Args:
+        loss (`Tensor` of shape `()`, *optional*): Mean cross-entropy, when `labels` are given.
+        logits (`Tensor` of shape `(batch, num_labels)`): Scores before the softmax.
+        hidden_states (`tuple[Tensor, ...]`, *optional*): As in [`VimModelOutput`].
+        merge_info (`MergeInfo`, *optional*): As in [`VimModelOutput`].
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    merge_info: Any = None
+
+
+def interpolate_positions(positions: Tensor, cls_indices: list[int], old_grid: tuple, new_grid: tuple) -> Tensor:
+    """
+    Resize a position table to another patch grid, bicubic, in float32 (vim.md 4.4).
+
+    The rows of the class token(s) are taken out where they really stand, kept as they are, and put back at their place
+    in the new sequence; a row in the middle goes to the new middle.
+
+    Args:
+        positions (`Tensor` of shape `(1, patches + class tokens, hidden_size)`): The table.
+        cls_indices (`list[int]`): Rows of the class token(s): `[]`, `[0]`, `[patches // 2]` or `[0, patches + 1]`.
+        old_grid (`tuple[int, int]`): Rows and columns of patches of the table.
+        new_grid (`tuple[int, int]`): Rows and columns wanted.
+
+    Returns:
+        `Tensor` of shape `(1, new patches + class tokens, hidden_size)`: The resized table; the same object if the
+        grids agree.
+    """
+    if tuple(old_grid) == tuple(new_grid):
+        return positions
+    patch_rows = [row for row in range(positions.shape[1]) if row not in cls_indices]
+    grid = positions[:, patch_rows].float().unflatten(1, tuple(old_grid)).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, size=tuple(new_grid), mode="bicubic", align_corners=False)
+    patches = grid.flatten(2).mT.to(positions.dtype)
+    cls_rows = [positions[:, index : index + 1] for index in cls_indices]
+    if len(cls_rows) == 2:
+        return torch.cat([cls_rows[0], patches, cls_rows[1]], dim=1)
+    if not cls_rows:
+        return patches
+    place = 0 if cls_indices[0] == 0 else patches.shape[1] // 2
+    return torch.cat([patches[:, :place], cls_rows[0], patches[:, place:]], dim=1)
+
+
+def _drop_path(hidden_states: Tensor, rate: float, training: bool) -> Tensor:
+    """Zero whole samples with probability `rate` and scale the others up."""
+    if rate == 0.0 or not training:
+        return hidden_states
+    keep = torch.rand(hidden_states.shape[0], 1, 1, device=hidden_states.device) >= rate
+    return hidden_states * (keep / (1 - rate)).to(hidden_states.dtype)
+
+
+class VimRMSNorm(nn.Module):
+    """RMS norm without bias: statistics in float32, the result in the type of the weight."""
+
+    def __init__(self, hidden_size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.eps = eps
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Normalise the last axis of `(batch, tokens, hidden_size)`."""
+        normed = F.rms_norm(hidden_states.float(), self.weight.shape, self.weight.float(), self.eps)
+        return normed.to(self.weight.dtype)
+
+
+class VimPatchEmbeddings(nn.Module):
+    """Pixels to patch tokens in raster order."""
+
+    def __init__(self, config: VimConfig):
+        super().__init__()
+        self.proj = nn.Conv2d(config.num_channels, config.hidden_size, config.patch_size, stride=config.patch_stride)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """`(batch, channels, height, width)` to `(batch, patches, hidden_size)`."""
+        return self.proj(pixel_values.to(self.proj.weight.dtype)).flatten(2).mT
+
+
+class VimConvolution(nn.Conv1d):
+    """Depthwise convolution over the tokens up to each one, or from it on if `backwards`."""
+
+    def __init__(self, channels: int, kernel: int, bias: bool, backwards: bool):
+        super().__init__(channels, channels, kernel, groups=channels, bias=bias)
+        self.backwards = backwards
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """`(batch, tokens, channels)` in and out."""
+        # A 2-d convolution of one row takes the channels-last layout as it is; conv1d is ten times slower on a CPU.
+        row = hidden_states.mT.unsqueeze(2)
+        weight = (self.weight.flip(-1) if self.backwards else self.weight).unsqueeze(2)
+        padding = self.kernel_size[0] - 1
+        mixed = F.conv2d(row, weight, self.bias, padding=(0, padding), groups=self.groups).squeeze(2).mT
+        return mixed[:, padding:] if self.backwards else mixed[:, : hidden_states.shape[1]]
+
+
+class VimProjection(nn.Linear):
+    """A linear layer of the mixer. It starts uniform within `init_scale / sqrt(in_features)`, its bias at zero."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, init_scale: float = 1.0):
+        super().__init__(in_features, out_features, bias)
+        self.init_scale = init_scale
+
+
+class VimTimeStepProjection(VimProjection):
+    """
+    Step sizes from their low rank, without the bias, which the scan adds in float32; a module, so that adapters can
+    wrap it. With `init_steps` it starts with step sizes between `time_step_min` and `time_step_max`.
+    """
+
+    def __init__(self, rank: int, channels: int, init_steps: bool):
+        super().__init__(rank, channels, bias=True)
+        self.init_steps = init_steps
+
+    def forward(self, low_rank: Tensor) -> Tensor:
+        """`(batch, tokens, rank)` to `(batch, tokens, inner)`, without the bias."""
+        return F.linear(low_rank, self.weight)
+
+
+class VimMixer(nn.Module):
+    """
+    The bidirectional Mamba mixer (vim.md 2.3): shared projections, and a convolution, selection and scan per
+    direction.
+
+    Parameters carry the official names; those of the backward direction end in `_b`.
+    """
+
+    def __init__(self, config: VimConfig):
+        super().__init__()
+        inner, rank, states = config.intermediate_size, config.time_step_rank, config.state_size
+        self.divide_output = config.divide_output
+        self.selection_sizes = [rank, states, states]
+        self.in_proj = VimProjection(config.hidden_size, 2 * inner, config.use_bias)
+        for suffix in ("", "_b"):
+            conv = VimConvolution(inner, config.conv_kernel, config.use_conv_bias, backwards=bool(suffix))
+            setattr(self, f"conv1d{suffix}", conv)
+            setattr(self, f"x_proj{suffix}", VimProjection(inner, rank + 2 * states, bias=False))
+            init_steps = config.symmetric_dt_init or not suffix
+            setattr(self, f"dt_proj{suffix}", VimTimeStepProjection(rank, inner, init_steps))
+            setattr(self, f"A{suffix}_log", nn.Parameter(torch.empty(inner, states)))
+            setattr(self, f"D{suffix}", nn.Parameter(torch.empty(inner)))
+        # One residual branch per block: its last projection is scaled down by the depth.
+        scale = config.num_hidden_layers**-0.5
+        self.out_proj = VimProjection(inner, config.hidden_size, config.use_bias, init_scale=scale)
+        gamma = config.layer_scale_init_value
+        self.gamma = None if gamma is None else nn.Parameter(torch.full((config.hidden_size,), float(gamma)))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        token_mask: Tensor | None = None,
+        direction_gates: Tensor | None = None,
+        feature: str | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """
+        Mix tokens along the sequence, in both directions.
+
+        Args:
+            hidden_states (`Tensor` of shape `(batch, tokens, hidden_size)`): Normalised tokens.
+            token_mask (`Tensor` of shape `(batch, tokens)`, *optional*):
+                Factors on the tokens before and after the convolution; 0 hides a token from its neighbours.
+            direction_gates (`Tensor` of shape `(batch, 2)`, *optional*):
+                Factors on the forward and the backward output.
+            feature (`str`, *optional*):
+                Also return `"B"`, `"C"` `(batch, tokens, states)` or `"delta"` (the step size before bias and
+                softplus, `(batch, tokens, inner)`): the mean of the two directions, in sequence order.
+
+        Returns:
+            `tuple[Tensor, Tensor | None]`: The output `(batch, tokens, hidden_size)` and the feature, if asked for.
+        """
+        u, z = self.in_proj(hidden_states).chunk(2, dim=-1)
+        if token_mask is not None:
+            token_mask = token_mask.unsqueeze(-1).to(u.dtype)
+            u = u * token_mask
+        streams = [self._stream(u, suffix, token_mask) for suffix in ("", "_b")]
+        forward_y, backward_y = selective_scan(*streams)
+        if direction_gates is not None:
+            gates = direction_gates.to(u.dtype).unsqueeze(-1).unsqueeze(-1)
+            forward_y, backward_y = forward_y * gates[:, 0], backward_y * gates[:, 1]
+        output = self.out_proj((forward_y + backward_y) * F.silu(z))
+        if self.divide_output:
+            output = output * 0.5
+        if self.gamma is not None:
+            output = output * self.gamma
+        return output, self._feature(streams, feature)
+
+    def _stream(self, u: Tensor, suffix: str, token_mask: Tensor | None) -> ScanStream:
+        """Convolution and selection of one direction, in sequence order; only the scan itself runs backwards."""
+        x = F.silu(getattr(self, f"conv1d{suffix}")(u))
+        if token_mask is not None:
+            x = x * token_mask
+        low_rank, B, C = getattr(self, f"x_proj{suffix}")(x).split(self.selection_sizes, dim=-1)
+        dt_proj = getattr(self, f"dt_proj{suffix}")
+        dt = dt_proj(low_rank)
+        A = -torch.exp(getattr(self, f"A{suffix}_log").float())
+        return ScanStream(x, dt, A, B, C, getattr(self, f"D{suffix}"), dt_proj.bias, reverse=bool(suffix))
+
+    def _feature(self, streams: list[ScanStream], name: str | None) -> Tensor | None:
+        if name is None:
+            return None
+        both = [stream.dt if name == "delta" else getattr(stream, name) for stream in streams]
+        return (both[0] + both[1]) * (0.5 if self.divide_output else 1.0)
+
+
+class VimBlock(GradientCheckpointingLayer):
+    """One block on the plain residual stream: `x + drop_path(mixer(norm(x)))`."""
+
+    def __init__(self, config: VimConfig, drop_path_rate: float):
+        super().__init__()
+        self.norm = VimRMSNorm(config.hidden_size, config.layer_norm_eps)
+        self.mixer = VimMixer(config)
+        self.drop_path_rate = drop_path_rate
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        token_mask: Tensor | None = None,
+        direction_gates: Tensor | None = None,
+        feature: str | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """
+        Apply the block.
+
+        Args:
+            hidden_states (`Tensor` of shape `(batch, tokens, hidden_size)`): Residual stream; any number of tokens.
+            token_mask, direction_gates: See [`VimMixer`].
+            feature (`str`, *optional*):
+                `"hidden"` also returns the mixer's output before the addition; others, see [`VimMixer`].
+
+        Returns:
+            `tuple[Tensor, Tensor | None]`: The new residual stream and the feature, if asked for.
+        """
+        selection = None if feature == "hidden" else feature
+        mixed, value = self.mixer(self.norm(hidden_states), token_mask, direction_gates, selection)
+        mixed = mixed.to(hidden_states.dtype)
+        hidden_states = hidden_states + _drop_path(mixed, self.drop_path_rate, self.training)
+        return hidden_states, mixed if feature == "hidden" else value
+
+
+class VimPreTrainedModel(PreTrainedModel):
+    """Initialisation and loading shared by all Vim classes."""
+
+    config_class = VimConfig
+    base_model_prefix = "vim"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False
+    _no_split_modules = ["VimBlock"]
+    _keep_in_fp32_modules_strict = ["A_log", "A_b_log", "mixer.D", "mixer.D_b", "dt_proj.bias", "dt_proj_b.bias"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """
+        vim.md 3.4. Every module fills only its own parameters: transformers skips one that has none, or whose own were
+        all loaded, even where its children miss theirs.
+        """
+        super()._init_weights(module)
+        config = self.config
+        if isinstance(module, VimTimeStepProjection) and module.init_steps:
+            self._init_time_steps(module)
+        elif isinstance(module, VimProjection):
+            bound = module.init_scale / math.sqrt(module.in_features)
+            init.uniform_(module.weight, -bound, bound)
+        elif isinstance(module, VimMixer):
+            states = torch.arange(1, config.state_size + 1, dtype=torch.float32, device=module.A_log.device)
+            for A_log, D in ((module.A_log, module.D), (module.A_b_log, module.D_b)):
+                init.copy_(A_log, states.log().expand_as(A_log))
+                init.ones_(D)
+            if module.gamma is not None:
+                init.constant_(module.gamma, float(config.layer_scale_init_value))
+        elif isinstance(module, VimConvolution):
+            bound = 1 / math.sqrt(module.kernel_size[0])
+            init.uniform_(module.weight, -bound, bound)
+            if module.bias is not None:
+                init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, nn.Conv2d):
+            # `init.lecun_normal_` truncates at 2 instead of two deviations and comes out 14 % too wide.
+            std = module.weight[0].numel() ** -0.5 / 0.87962566
+            init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
+        elif isinstance(module, VimRMSNorm):
+            init.ones_(module.weight)
+        elif isinstance(module, VimEncoder):
+            for name in ("cls_token", "cls_token_head", "cls_token_tail", "pos_embed"):
+                if getattr(module, name, None) is not None:
+                    init.trunc_normal_(getattr(module, name), std=config.initializer_range)
+
+    def _init_time_steps(self, projection: VimTimeStepProjection) -> None:
+        """Step sizes log-uniform between `time_step_min` and `time_step_max` after the softplus."""
+        config = self.config
+        bound = config.time_step_rank**-0.5 * config.time_step_scale
+        if config.time_step_init_scheme == "constant":
+            init.constant_(projection.weight, bound)
+        else:
+            init.uniform_(projection.weight, -bound, bound)
+        low, high = math.log(config.time_step_min), math.log(config.time_step_max)
+        step = torch.empty_like(projection.bias).uniform_(low, high).exp().clamp(min=config.time_step_floor)
+        init.copy_(projection.bias, step + torch.log(-torch.expm1(-step)))
+
+    def no_weight_decay(self) -> set[str]:
+        """
+        Names of the parameters that are trained without weight decay: class token(s), positions, and all vectors.
+
+        The matrices `A_log` and `A_b_log` are decayed, as in the official runs (vim.md 3.5): their authors mark them
+        otherwise, but their optimiser never reads the mark.
+        """
+        tables = ("cls_token", "cls_token_head", "cls_token_tail", "pos_embed")
+        return {name for name, p in self.named_parameters() if p.dim() < 2 or name.rsplit(".", 1)[-1] in tables}
+
+
+class VimEncoder(VimPreTrainedModel):
+    """Embeddings and blocks, shared by [`VimModel`] and [`VimBackbone`]."""
+
+    def __init__(self, config: VimConfig):
+        super().__init__(config)
+        width = config.hidden_size
+        self.patch_embed = VimPatchEmbeddings(config)
+        names = {"none": [], "double": ["cls_token_head", "cls_token_tail"]}.get(
+            config.cls_token_position, ["cls_token"]
+        )
+        for name in names:
+            setattr(self, name, nn.Parameter(torch.empty(1, 1, width)))
+        tokens = config.num_patches + config.num_class_tokens
+        self.pos_embed = nn.Parameter(torch.empty(1, tokens, width)) if config.use_abs_pos_embed else None
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        depth = config.num_hidden_layers
+        rates = [config.drop_path_rate * i / max(depth - 1, 1) for i in range(depth - 1)] + [config.drop_path_rate]
+        self.layers = nn.ModuleList(VimBlock(config, rate) for rate in rates)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The patch projection."""
+        return self.patch_embed
+
+    def _cls_indices(self, patches: int) -> list[int]:
+        places = {"none": [], "head": [0], "middle": [patches // 2], "double": [0, patches + 1]}
+        return places[self.config.cls_token_position]
+
+    def _grid(self, pixel_values: Tensor) -> tuple[int, int]:
+        config = self.config
+        rows, columns = ((n - config.patch_size) // config.patch_stride + 1 for n in pixel_values.shape[-2:])
+        return rows, columns
+
+    def _embed(self, pixel_values: Tensor, interpolate_pos_encoding: bool) -> tuple[Tensor, list[int]]:
+        """Pixels to the residual stream before block 0, and the places of the class token(s) in it."""
+        self._check_pixels(pixel_values, interpolate_pos_encoding)
+        tokens = self.patch_embed(pixel_values)
+        batch, patches, _ = tokens.shape
+        position = self.config.cls_token_position
+        if position == "double":
+            ends = (token.expand(batch, -1, -1) for token in (self.cls_token_head, self.cls_token_tail))
+            head, tail = ends
+            tokens = torch.cat([head, tokens, tail], dim=1)
+        elif position != "none":
+            place = self._cls_indices(patches)[0]
+            tokens = torch.cat([tokens[:, :place], self.cls_token.expand(batch, -1, -1), tokens[:, place:]], dim=1)
+        if self.pos_embed is not None:
+            old_indices = self._cls_indices(self.config.num_patches)
+            grid = self._grid(pixel_values)
+            tokens = tokens + interpolate_positions(self.pos_embed, old_indices, self.config.grid_size, grid)
+        tokens = self.dropout(tokens).contiguous()
+        return (tokens.float() if self.config.residual_in_fp32 else tokens), self._cls_indices(patches)
+
+    def _check_pixels(self, pixel_values: Tensor, interpolate_pos_encoding: bool) -> None:
+        config = self.config
+        if pixel_values.dim() != 4 or pixel_values.shape[1] != config.num_channels:
+            raise ValueError(
+                f"`pixel_values` must be (batch, {config.num_channels}, height, width); got "
+                f"{tuple(pixel_values.shape)}."
+            )
+        if not pixel_values.is_floating_point():
+            raise ValueError(
+                f"`pixel_values` must be floating point; got {pixel_values.dtype}. Normalise the images with the "
+                "image processor."
+            )
+        height, width = pixel_values.shape[-2:]
+        if min(height, width) < config.patch_size:
+            raise ValueError(f"Images of {height}x{width} pixels are smaller than `patch_size` {config.patch_size}.")
+        expected = config.image_size if not isinstance(config.image_size, int) else [config.image_size] * 2
+        if [height, width] != list(expected) and not interpolate_pos_encoding:
+            raise ValueError(
+                f"Images of {height}x{width} pixels do not match `image_size` {expected[0]}x{expected[1]}. Resize "
+                "them, or pass interpolate_pos_encoding=True."
+            )
+
+
+class VimModel(VimEncoder):
+    r"""
+    Vision Mamba without a head (https://huggingface.co/papers/2401.09417).
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from hf_effml import VimConfig, VimModel
+    >>> model = VimModel(VimConfig(image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=2))
+    >>> model(torch.zeros(1, 3, 32, 32)).last_hidden_state.shape
+    torch.Size([1, 17, 32])
+
+    ```
+    """
+
+    def __init__(self, config: VimConfig):
+        super().__init__(config)
+        self.norm_f = VimRMSNorm(config.hidden_size, config.layer_norm_eps)
+        # Set by token merging: an object whose `begin` returns the reduction of one forward pass (see
+        # modeling_rmeeto.py).
+        self.token_reducer = None
+        self.post_init()
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        interpolate_pos_encoding: bool = False,
+        output_hidden_states: bool | None = None,
+        output_merge_info: bool = False,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> VimModelOutput | tuple:
+        """
+        Encode images.
+
+        Args:
+            pixel_values (`Tensor` of shape `(batch, channels, height, width)`): Normalised images.
+            interpolate_pos_encoding (`bool`, *optional*, defaults to `False`):
+                Accept other sizes than `config.image_size`.
+            output_hidden_states (`bool`, *optional*): Also return the residual stream after every block.
+            output_merge_info (`bool`, *optional*, defaults to `False`): Also return what token merging did.
+            return_dict (`bool`, *optional*): `False` returns a plain tuple.
+
+        Returns:
+            [`VimModelOutput`]
+
+        Raises:
+            ValueError: If images have the wrong shape, size or type.
+        """
+        keep_all = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        hidden_states, cls_indices = self._embed(pixel_values, interpolate_pos_encoding)
+        run = self.token_reducer.begin(hidden_states, tuple(cls_indices)) if self.token_reducer is not None else None
+        all_states, feature = [hidden_states], None
+        for index, layer in enumerate(self.layers):
+            if run is not None:
+                hidden_states = run.reduce(index, hidden_states, feature)
+            wanted = run.feature_for(index + 1) if run is not None else None
+            hidden_states, feature = layer(hidden_states, feature=wanted)
+            if keep_all:
+                all_states.append(hidden_states)
+        hidden_states = self.norm_f(hidden_states)
+        positions = run.class_positions if run is not None else tuple(cls_indices)
+        if not isinstance(positions, Tensor):
+            positions = torch.tensor(positions, dtype=torch.long, device=hidden_states.device)
+            positions = positions.expand(hidden_states.shape[0], -1)
+        output = VimModelOutput(
+            last_hidden_state=hidden_states,
+            pooler_output=self._pool(hidden_states, positions, run.sizes if run is not None else None),
+            hidden_states=tuple(all_states) if keep_all else None,
+            cls_token_index=positions,
+            merge_info=run.info() if run is not None and output_merge_info else None,
+        )
+        as_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if as_dict else output.to_tuple()
+
+    def _pool(self, hidden_states: Tensor, cls_positions: Tensor, sizes: Tensor | None) -> Tensor:
+        """The class token (the mean of two), or the size-weighted mean or last of the patches."""
+        if self.config.pooling == "cls":
+            index = cls_positions.unsqueeze(-1).expand(-1, -1, hidden_states.shape[-1])
+            return hidden_states.gather(1, index).mean(1)
+        if self.config.pooling == "last":
+            return hidden_states[:, -1]
+        if sizes is None:
+            return hidden_states.mean(1)
+        weights = sizes / sizes.sum(1, keepdim=True)
+        return (hidden_states * weights).sum(1).to(hidden_states.dtype)
+
+
+class VimForImageClassification(VimPreTrainedModel):
+    r"""
+    Vision Mamba with a linear classifier on the class token (https://huggingface.co/papers/2401.09417).
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from hf_effml import VimConfig, VimForImageClassification
+    >>> config = VimConfig(image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=2, num_labels=10)
+    >>> model = VimForImageClassification(config)
+    >>> model(torch.zeros(2, 3, 32, 32)).logits.shape
+    torch.Size([2, 10])
+
+    ```
+    """
+
+    def __init__(self, config: VimConfig):
+        super().__init__(config)
+        self.vim = VimModel(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels) if config.num_labels else nn.Identity()
+        self.post_init()
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        labels: Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        output_hidden_states: bool | None = None,
+        output_merge_info: bool = False,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> VimImageClassifierOutput | tuple:
+        """
+        Classify images.
+
+        Args:
+            pixel_values (`Tensor` of shape `(batch, channels, height, width)`): Normalised images.
+            labels (`Tensor`, *optional*):
+                Class numbers `(batch,)`, or soft targets `(batch, num_labels)` as mixup makes them.
+            interpolate_pos_encoding, output_hidden_states, output_merge_info, return_dict: See [`VimModel`].
+
+        Returns:
+            [`VimImageClassifierOutput`]
+
+        Raises:
+            ValueError: If images have the wrong shape, size or type, or soft labels the wrong number of columns.
+        """
+        outputs = self.vim(
+            pixel_values,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            output_hidden_states=output_hidden_states,
+            output_merge_info=output_merge_info,
+            return_dict=True,
+        )
+        logits = self.classifier(outputs.pooler_output)
+        output = VimImageClassifierOutput(
+            loss=None if labels is None else self._loss(logits, labels),
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            merge_info=outputs.merge_info,
+        )
+        as_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if as_dict else output.to_tuple()
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        if labels.is_floating_point() and labels.shape != logits.shape:
+            raise ValueError(
+                f"Floating-point `labels` are soft targets of shape {tuple(logits.shape)}; got "
+                f"{tuple(labels.shape)}. Pass class numbers as integers."
+            )
+        return F.cross_entropy(logits.float(), labels)
+
+
+__all__ = [
+    "VimEncoder",
+    "VimForImageClassification",
+    "VimImageClassifierOutput",
+    "VimModel",
+    "VimModelOutput",
+    "VimPreTrainedModel",
+    "interpolate_positions",
+]
