@@ -22,9 +22,12 @@ class VimBackbone(BackboneMixin, VimEncoder):
     ```python
     >>> import torch
     >>> from hf_effml import VimBackbone, VimConfig
-    >>> config = VimConfig(image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=2, out_features=["stage1",
-    "stage2"]) >>> [tuple(maps.shape) for maps in VimBackbone(config)(torch.zeros(1, 3, 32, 32)).feature_maps] [(1, 32,
-    4, 4), (1, 32, 4, 4)]
+    >>> config = VimConfig(
+    ...     image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=2, out_features=["stage1", "stage2"]
+    ... )
+    >>> maps = VimBackbone(config)(torch.zeros(1, 3, 32, 32)).feature_maps
+    >>> [tuple(map_.shape) for map_ in maps]
+    [(1, 32, 4, 4), (1, 32, 4, 4)]
 
     ```
     """

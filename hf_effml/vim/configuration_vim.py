@@ -1,7 +1,7 @@
 """Configuration of Vision Mamba (Vim)."""
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -106,8 +106,8 @@ class VimConfig(BackboneConfigMixin, PreTrainedConfig):
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
 
-    def __post_init__(self, **kwargs) -> None:
-        self.patch_stride = self.patch_stride or self.patch_size
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.patch_stride = self.patch_size if self.patch_stride is None else self.patch_stride
         if self.time_step_rank == "auto":
             self.time_step_rank = math.ceil(self.hidden_size / 16)
         self.stage_names = ["stem"] + [f"stage{index}" for index in range(1, self.num_hidden_layers + 1)]
@@ -153,7 +153,8 @@ class VimConfig(BackboneConfigMixin, PreTrainedConfig):
     @property
     def grid_size(self) -> tuple[int, int]:
         """Rows and columns of patches."""
-        height, width = ((side - self.patch_size) // self.patch_stride + 1 for side in self._image_shape)
+        stride = self.patch_stride or self.patch_size
+        height, width = ((side - self.patch_size) // stride + 1 for side in self._image_shape)
         return height, width
 
     @property

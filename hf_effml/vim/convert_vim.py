@@ -4,28 +4,32 @@ import argparse
 import math
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import BitImageProcessor
 
 from .configuration_vim import VimConfig
 from .modeling_vim import VimForImageClassification, interpolate_positions
+
+
+if TYPE_CHECKING:
+    from transformers import BitImageProcessor
 
 
 _IMAGENET_MEAN, _IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 _BICUBIC = 3
 
 
-def vim_image_processor(image_size: int = 224) -> BitImageProcessor:
+def vim_image_processor(image_size: int = 224, crop_share: float = 0.875) -> "BitImageProcessor":
     """
-    The evaluation transform of the official models: shorter side to `image_size / 0.875`, bicubic, centre crop,
+    The evaluation transform of the official models: shorter side to `image_size / crop_share`, bicubic, centre crop,
     ImageNet statistics.
 
     Args:
         image_size (`int`, *optional*, defaults to 224): Side of the crop in pixels.
+        crop_share (`float`, *optional*, defaults to 0.875): Share of the shorter side that the crop keeps.
 
     Returns:
         `BitImageProcessor`: Save it beside the model; `AutoImageProcessor` then finds it.
@@ -39,8 +43,12 @@ def vim_image_processor(image_size: int = 224) -> BitImageProcessor:
 
     ```
     """
+    # Imported here: without torchvision transformers warns at the import of this name, which a plain install need not
+    # see.
+    from transformers import BitImageProcessor
+
     return BitImageProcessor(
-        size={"shortest_edge": round(image_size / 0.875)},
+        size={"shortest_edge": round(image_size / crop_share)},
         crop_size={"height": image_size, "width": image_size},
         resample=_BICUBIC,
         image_mean=_IMAGENET_MEAN,

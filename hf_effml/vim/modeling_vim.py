@@ -174,7 +174,7 @@ class VimMixer(nn.Module):
 
     def __init__(self, config: VimConfig):
         super().__init__()
-        inner, rank, states = config.intermediate_size, config.time_step_rank, config.state_size
+        inner, rank, states = config.intermediate_size, int(config.time_step_rank), config.state_size
         self.divide_output = config.divide_output
         self.selection_sizes = [rank, states, states]
         self.in_proj = VimProjection(config.hidden_size, 2 * inner, config.use_bias)
@@ -451,7 +451,7 @@ class VimModel(VimEncoder):
         self.norm_f = VimRMSNorm(config.hidden_size, config.layer_norm_eps)
         # Set by token merging: an object whose `begin` returns the reduction of one forward pass (see
         # modeling_rmeeto.py).
-        self.token_reducer = None
+        self.token_reducer: Any = None
         self.post_init()
 
     def forward(

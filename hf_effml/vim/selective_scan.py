@@ -24,7 +24,7 @@ except (ImportError, OSError, RuntimeError):  # absent, or present and broken: t
 logger = logging.get_logger(__name__)
 
 _LOG2E = math.log2(math.e)
-# Elements of one (chunk, rows, state, channels) work buffer: about 3 MB in float32, which stays in a core's caches.
+# Elements of one (steps, rows, states, channels) work buffer: about 3 MB in float32.
 _CHUNK_ELEMENTS = 3 * 2**18
 # log1p(y) = 2 atanh(s) with s = y / (2 + y); this is 2 atanh(s) / s in powers of s^2 on [0, 1/9], highest first,
 # fitted at Chebyshev nodes: relative error 4e-9.
@@ -55,8 +55,10 @@ class ScanStream(NamedTuple):
     dt_bias: Tensor
     reverse: bool = False
 
-
-_TENSORS = len(ScanStream._fields) - 1
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All fields but `reverse`, in their order."""
+        return [self.x, self.dt, self.A, self.B, self.C, self.D, self.dt_bias]
 
 
 def selective_scan(*streams: ScanStream) -> tuple[Tensor, ...]:
@@ -68,7 +70,7 @@ def selective_scan(*streams: ScanStream) -> tuple[Tensor, ...]:
     All arithmetic is in float32 (float64 if `x` is float64), whatever the inputs' types and autocast.
 
     The backend is chosen per call: `mamba_ssm` for CUDA tensors where it is installed and works, an unrolled loop
-    while exporting, and otherwise a chunked scan in plain torch whose directions share every step.
+    while exporting, and otherwise a chunked scan in plain torch.
 
     Args:
         streams (`ScanStream`):
@@ -98,11 +100,7 @@ def selective_scan(*streams: ScanStream) -> tuple[Tensor, ...]:
         return tuple(selective_scan_reference(stream) for stream in streams)
     if streams[0].x.is_cuda and _mamba_ssm_works():
         return tuple(_scan_with_mamba_ssm(stream) for stream in streams)
-    tensors = [tensor for stream in streams for tensor in stream[:_TENSORS]]
-    reverse = [stream.reverse for stream in streams]
-    if torch.compiler.is_compiling():
-        return tuple(torch.ops.hf_effml.selective_scan(tensors, reverse)[0])
-    return _ChunkedScan.apply(reverse, *tensors)
+    return tuple(_scan_in_chunks(stream) for stream in streams)
 
 
 def selective_scan_reference(stream: ScanStream) -> Tensor:
@@ -118,7 +116,7 @@ def selective_scan_reference(stream: ScanStream) -> Tensor:
     """
     dtype = _compute_dtype(stream.x)
     with torch.autocast(device_type=stream.x.device.type, enabled=False):
-        x, dt, A, B, C, D, dt_bias = (tensor.to(dtype) for tensor in stream[:_TENSORS])
+        x, dt, A, B, C, D, dt_bias = (tensor.to(dtype) for tensor in stream.tensors)
         dt = F.softplus(dt + dt_bias)
         state = x.new_zeros(x.shape[0], *A.shape)
         outputs = []
@@ -147,7 +145,7 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def _softplus(x: Tensor) -> Tensor:
-    """softplus(x) to float32 rounding; on a CPU six times as fast as `F.softplus`, whose log1p is slow."""
+    """softplus(x) to float32 rounding; on a CPU up to four times as fast as `F.softplus`, by its input."""
     if x.is_cuda or x.dtype != torch.float32:
         return F.softplus(x)
     y = x.abs().mul_(-_LOG2E).exp2_()
@@ -159,49 +157,16 @@ def _softplus(x: Tensor) -> Tensor:
     return series.add_(_ATANH[-1]).mul_(s).add_(x.clamp_min(0))
 
 
-class _Merged(NamedTuple):
-    """All streams as one batch of rows, steps first: reversed streams are flipped, parameters repeated per row."""
-
-    x: Tensor  # (length, rows, channels)
-    raw_dt: Tensor  # (length, rows, channels), with bias, before the softplus
-    A: Tensor  # (rows, states, channels): channels last keeps every broadcast contiguous
-    B: Tensor  # (length, rows, states)
-    C: Tensor  # (length, rows, states)
-    D: Tensor  # (rows, channels)
+def _scan_in_chunks(stream: ScanStream) -> Tensor:
+    if torch.compiler.is_compiling():
+        return torch.ops.hf_effml.selective_scan(*stream)[0]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in stream.tensors):
+        return _ChunkedScan.apply(*stream)
+    return _scan_forward(stream, keep_states=False)[0]
 
 
-def _merge(reverse: list[bool], tensors: list[Tensor]) -> _Merged:
-    streams = [
-        ScanStream(*tensors[i * _TENSORS : (i + 1) * _TENSORS], backwards) for i, backwards in enumerate(reverse)
-    ]
-    dtype = _compute_dtype(streams[0].x)
-
-    def per_row(name: str) -> Tensor:
-        parameters = [getattr(stream, name).to(dtype) for stream in streams]
-        rows = [stream.x.shape[0] for stream in streams]
-        return torch.cat([p.expand(n, *p.shape) for p, n in zip(parameters, rows, strict=True)])
-
-    x, dt, B, C = (_steps_first([getattr(s, name) for s in streams], reverse, dtype) for name in ("x", "dt", "B", "C"))
-    return _Merged(x, dt.add_(per_row("dt_bias")), per_row("A").mT.contiguous(), B, C, per_row("D"))
-
-
-def _steps_first(tensors: list[Tensor], reverse: list[bool], dtype: torch.dtype) -> Tensor:
-    """One (rows, length, *) tensor per stream -> (length, all rows, *) in scan order; always a new tensor."""
-    length, width = tensors[0].shape[1:]
-    merged = tensors[0].new_empty(length, sum(tensor.shape[0] for tensor in tensors), width, dtype=dtype)
-    parts = merged.split([tensor.shape[0] for tensor in tensors], dim=1)
-    for part, tensor, backwards in zip(parts, tensors, reverse, strict=True):
-        part.copy_((tensor.flip(1) if backwards else tensor).transpose(0, 1))
-    return merged
-
-
-def _rows_first(merged: Tensor, reverse: list[bool], like: list[Tensor]) -> list[Tensor]:
-    """The inverse of `_steps_first`: one contiguous tensor per stream, shaped and typed as in `like`."""
-    parts = merged.split([tensor.shape[0] for tensor in like], dim=1)
-    return [
-        (part.flip(0) if backwards else part).transpose(0, 1).to(tensor.dtype).contiguous()
-        for part, tensor, backwards in zip(parts, like, reverse, strict=True)
-    ]
+def _without_autocast(stream: ScanStream) -> torch.autocast:
+    return torch.autocast(device_type=stream.x.device.type, enabled=False)
 
 
 def _chunk_length(rows: int, channels: int, states: int) -> int:
@@ -209,37 +174,61 @@ def _chunk_length(rows: int, channels: int, states: int) -> int:
 
 
 class _Chunks:
-    """Work buffers of the scan; `fill` computes the decays exp(dt A) and the hidden states of one chunk."""
+    """
+    A stream cut into chunks of steps; `fill` computes the decays exp(dt A) and the hidden states of one of them.
 
-    def __init__(self, merged: _Merged):
-        self.length, rows, channels = merged.x.shape
-        self.size = _chunk_length(rows, channels, merged.A.shape[1])
-        self.starts = range(0, self.length, self.size)
-        self.dt = _softplus(merged.raw_dt)
-        self.dt_x, self.B = self.dt * merged.x, merged.B.unsqueeze(3)
-        # exp2 with a scaled A: torch's exp goes through a library that is slow on some CPUs, exp2 is vectorised
-        # everywhere.
-        self.A = merged.A * _LOG2E
-        self.decay = self.buffer()
-        self.states = self.A.new_zeros(
-            min(self.size, self.length) + 1, *self.A.shape
-        )  # [0]: the state before the chunk
+    Tensors have their steps first, in sequence order; a reversed stream walks chunks and steps from the end.
+    """
 
-    def buffer(self) -> Tensor:
-        return self.A.new_empty(min(self.size, self.length), *self.A.shape)
+    def __init__(self, stream: ScanStream):
+        x, dt, A, B, C, self.D, self.dt_bias = (tensor.to(_compute_dtype(stream.x)) for tensor in stream.tensors)
+        self.x, self.raw_dt, self.B, self.C = (tensor.transpose(0, 1) for tensor in (x, dt, B, C))
+        self.A = A.mT.contiguous()  # channels last keeps every broadcast contiguous
+        # torch's exp goes through a library that is slow on some CPUs; exp2 is vectorised everywhere.
+        self.scaled_A = self.A * _LOG2E
+        self.order = slice(None, None, -1 if stream.reverse else 1)
+        rows, length, channels = x.shape
+        self.shape = (rows, len(self.A), channels)
+        size = min(_chunk_length(rows, channels, len(self.A)), max(length, 1))
+        starts = range(0, length, size)
+        self.steps = [slice(start, min(start + size, length)) for start in starts][self.order]
+        self.decay, self.states = self.buffer(size), self.buffer(size + 1)
 
-    def steps(self, index: int) -> slice:
-        return slice(self.starts[index], min(self.starts[index] + self.size, self.length))
+    def buffer(self, steps: int) -> Tensor:
+        return self.x.new_empty(steps, *self.shape)
 
-    def fill(self, steps: slice) -> tuple[Tensor, Tensor]:
+    def fill(self, steps: slice, before: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """From the state before the chunk: dt, dt x, decays, states, and the states one step earlier."""
         count = steps.stop - steps.start
-        decay, states = self.decay[:count], self.states[: count + 1]
-        torch.mul(self.dt[steps].unsqueeze(2), self.A, out=decay).exp2_()
-        torch.mul(self.dt_x[steps].unsqueeze(2), self.B[steps], out=states[1:])
-        state, *later = states.unbind(0)
-        for decay_t, state_t in zip(decay.unbind(0), later, strict=True):
-            state = state_t.addcmul_(decay_t, state)
-        return decay, states
+        decay, both = self.decay[:count], self.states[: count + 1]
+        earlier, states = (both[:-1], both[1:])[self.order]
+        in_order = both.unbind(0)[self.order]
+        in_order[0].copy_(before)
+        dt = _softplus(self.raw_dt[steps] + self.dt_bias)
+        dt_x = dt * self.x[steps]
+        torch.mul(dt.unsqueeze(2), self.scaled_A, out=decay).exp2_()
+        torch.mul(dt_x.unsqueeze(2), self.B[steps].unsqueeze(3), out=states)
+        _recur(in_order, decay.unbind(0)[self.order])
+        return dt, dt_x, decay, states, earlier
+
+
+def _recur(values: tuple[Tensor, ...], factors: tuple[Tensor, ...]) -> None:
+    """In place, one after the other: to every value but the first, add the value before it times its factor."""
+    earlier, values, factors = values[:-1], values[1:], factors[: len(values) - 1]
+    if values and values[0].is_cpu and _lists_run_in_order():
+        # One call instead of a return to Python at every step, which is a fifth of the time at batch 1.
+        torch._foreach_addcmul_(values, factors, earlier)
+        return
+    for value, factor, before in zip(values, factors, earlier, strict=True):
+        value.addcmul_(factor, before)
+
+
+@functools.cache
+def _lists_run_in_order() -> bool:
+    """Whether torch works through a list of tensors on a CPU in order. It always has, but does not promise it."""
+    values = torch.ones(64, 4096)
+    torch._foreach_addcmul_(values.unbind(0)[1:], values.clone().unbind(0)[1:], values.unbind(0)[:-1])
+    return torch.equal(values[:, 0], torch.arange(1.0, 65.0)) and torch.equal(values, values[:, :1].expand(-1, 4096))
 
 
 def _contract(vector: Tensor, matrix: Tensor) -> Tensor:
@@ -248,129 +237,106 @@ def _contract(vector: Tensor, matrix: Tensor) -> Tensor:
     return product.view(*vector.shape[:2], matrix.shape[-1])
 
 
-def _scan_forward(reverse: list[bool], tensors: list[Tensor], keep_states: bool) -> tuple[list[Tensor], Tensor]:
-    """All streams' outputs, and the hidden states before each chunk (an empty tensor unless asked for)."""
-    merged = _merge(reverse, tensors)
-    chunks = _Chunks(merged)
-    kept = merged.A.new_empty(len(chunks.starts) if keep_states else 0, *merged.A.shape)
-    y = merged.x * merged.D
-    for index in range(len(chunks.starts)):
-        steps = chunks.steps(index)
-        if keep_states:
-            kept[index] = chunks.states[0]
-        _, states = chunks.fill(steps)
-        y[steps] += _contract(merged.C[steps], states[1:])
-        chunks.states[0] = states[-1]
-    return _rows_first(y, reverse, tensors[::_TENSORS]), kept
+def _scan_forward(stream: ScanStream, keep_states: bool) -> tuple[Tensor, Tensor]:
+    """The output, and the hidden states before each chunk (an empty tensor unless asked for)."""
+    y = torch.empty_like(stream.x, memory_format=torch.contiguous_format)
+    y_steps = y.transpose(0, 1)
+    with _without_autocast(stream):
+        chunks = _Chunks(stream)
+        kept = chunks.buffer(len(chunks.steps) if keep_states else 0)
+        state = chunks.x.new_zeros(chunks.shape)
+        for index, steps in enumerate(chunks.steps):
+            if keep_states:
+                kept[index] = state
+            _, _, _, states, _ = chunks.fill(steps, state)
+            state = states[0 if stream.reverse else -1]
+            read_out = _contract(chunks.C[steps], states)
+            torch.addcmul(read_out, chunks.x[steps], chunks.D, out=y_steps[steps])
+    return y, kept
 
 
-def _scan_backward(
-    reverse: list[bool], tensors: list[Tensor], kept: Tensor, grad_outputs: list[Tensor]
-) -> list[Tensor]:
-    """Gradients for every tensor of every stream (vim.md 2.5); decays and states are recomputed chunk by chunk."""
-    merged = _merge(reverse, tensors)
-    chunks = _Chunks(merged)
-    grad_y = _steps_first(grad_outputs, reverse, merged.x.dtype)
-    grad_dt_x, grad_dt, grad_B, grad_C = (torch.empty_like(t) for t in (merged.x, merged.x, merged.B, merged.C))
-    grad_A, carry = torch.zeros_like(merged.A), torch.zeros_like(merged.A)
-    buffer = chunks.buffer()
-    for index in reversed(range(len(chunks.starts))):
-        steps = chunks.steps(index)
-        chunks.states[0] = kept[index]
-        decay, states = chunks.fill(steps)
-        adjoint = buffer[: len(decay)]
-        torch.mul(merged.C[steps].unsqueeze(3), grad_y[steps].unsqueeze(2), out=adjoint)
-        later = None
-        for adjoint_t, decay_t in zip(reversed(adjoint.unbind(0)), reversed(decay.unbind(0)), strict=True):
-            adjoint_t.add_(carry) if later is None else adjoint_t.addcmul_(*later)
-            later = (decay_t, adjoint_t)
-        torch.mul(*later, out=carry)
-        grad_C[steps] = _contract(grad_y[steps], states[1:].mT)
-        grad_B[steps] = _contract(chunks.dt_x[steps], adjoint.mT)
-        grad_dt_x[steps] = _contract(merged.B[steps], adjoint)
-        through_decay = adjoint.mul_(decay).mul_(states[:-1])
-        grad_dt[steps] = torch.mul(through_decay, merged.A, out=decay).sum(2)
-        grad_A += through_decay.mul_(chunks.dt[steps].unsqueeze(2)).sum(0)
-
-    grad_dt.addcmul_(grad_dt_x, merged.x).mul_(torch.sigmoid(merged.raw_dt))
-    grad_x = grad_dt_x.mul_(chunks.dt).addcmul_(grad_y, merged.D)
-    per_row = {2: grad_A, 5: merged.x.mul_(grad_y).sum(0), 6: grad_dt.sum(0)}
-    per_step = {0: grad_x, 1: grad_dt, 3: grad_B, 4: grad_C}
-    return _split_gradients(per_row, per_step, reverse, tensors)
-
-
-def _split_gradients(
-    per_row: dict[int, Tensor], per_step: dict[int, Tensor], reverse: list[bool], tensors: list[Tensor]
-) -> list[Tensor]:
-    """Merged gradients, keyed by the place of their tensor in `ScanStream` -> one per tensor of every stream."""
-    gradients = list(tensors)
-    rows = [tensor.shape[0] for tensor in tensors[::_TENSORS]]
-    for place, merged in per_step.items():
-        gradients[place::_TENSORS] = _rows_first(merged, reverse, tensors[place::_TENSORS])
-    for place, merged in per_row.items():
-        sums = (part.sum(0) for part in merged.split(rows))
-        gradients[place::_TENSORS] = [
-            (total.mT if total.dim() == 2 else total).to(tensor.dtype).contiguous()
-            for total, tensor in zip(sums, tensors[place::_TENSORS], strict=True)
-        ]
+def _scan_backward(stream: ScanStream, kept: Tensor, grad_output: Tensor) -> list[Tensor]:
+    """Gradients for the tensors of a stream (vim.md 2.5); decays and states are recomputed chunk by chunk."""
+    with _without_autocast(stream):
+        chunks = _Chunks(stream)
+        grad_y = grad_output.to(chunks.x.dtype).transpose(0, 1)
+        gradients = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in stream.tensors]
+        grad_x, grad_dt, grad_B, grad_C = (gradients[place].transpose(0, 1) for place in (0, 1, 3, 4))
+        grad_A, grad_D, grad_bias = (torch.zeros_like(tensor) for tensor in (chunks.A, chunks.D, chunks.dt_bias))
+        buffer, carry = torch.empty_like(chunks.decay), chunks.x.new_zeros(chunks.shape)
+        for index, steps in reversed(list(enumerate(chunks.steps))):
+            dt, dt_x, decay, states, earlier = chunks.fill(steps, kept[index])
+            x, grad_y_t = chunks.x[steps], grad_y[steps]
+            adjoint = torch.mul(chunks.C[steps].unsqueeze(3), grad_y_t.unsqueeze(2), out=buffer[: len(decay)])
+            last_to_first = adjoint.unbind(0)[chunks.order][::-1]
+            factors = decay.unbind(0)[chunks.order][::-1]
+            last_to_first[0].add_(carry)
+            _recur(last_to_first, factors)
+            torch.mul(last_to_first[-1], factors[-1], out=carry)
+            grad_C[steps] = _contract(grad_y_t, states.mT)
+            grad_B[steps] = _contract(dt_x, adjoint.mT)
+            grad_dt_x = _contract(chunks.B[steps], adjoint)
+            through_decay = adjoint.mul_(decay).mul_(earlier)
+            grad_raw_dt = torch.mul(through_decay, chunks.A, out=decay).sum(2).addcmul_(grad_dt_x, x)
+            grad_raw_dt.mul_(torch.sigmoid(chunks.raw_dt[steps] + chunks.dt_bias))
+            grad_A += through_decay.mul_(dt.unsqueeze(2)).sum((0, 1))
+            grad_D += (x * grad_y_t).sum((0, 1))
+            grad_bias += grad_raw_dt.sum((0, 1))
+            grad_dt[steps] = grad_raw_dt
+            grad_x[steps] = grad_dt_x.mul_(dt).addcmul_(grad_y_t, chunks.D)
+        for place, total in {2: grad_A.mT, 5: grad_D, 6: grad_bias}.items():
+            gradients[place].copy_(total)
     return gradients
 
 
 class _ChunkedScan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, reverse: list[bool], *tensors: Tensor) -> tuple[Tensor, ...]:
-        with torch.autocast(device_type=tensors[0].device.type, enabled=False):
-            outputs, kept = _scan_forward(reverse, list(tensors), keep_states=any(ctx.needs_input_grad))
-        ctx.reverse = reverse
+    def forward(ctx: Any, *stream: Any) -> Tensor:
+        y, kept = _scan_forward(ScanStream._make(stream), keep_states=True)
+        *tensors, ctx.reverse = stream
         ctx.save_for_backward(kept, *tensors)
-        return tuple(outputs)
+        return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         kept, *tensors = ctx.saved_tensors
-        with torch.autocast(device_type=kept.device.type, enabled=False):
-            return None, *_scan_backward(ctx.reverse, tensors, kept, list(grad_outputs))
+        return *_scan_backward(ScanStream._make([*tensors, ctx.reverse]), kept, grad_output), None
 
 
 # The same two functions as an operator that `torch.compile` treats as one node instead of unrolling `length` steps.
 @torch.library.custom_op("hf_effml::selective_scan", mutates_args=())
-def _scan_op(tensors: list[Tensor], reverse: list[bool]) -> tuple[list[Tensor], Tensor]:
-    with torch.autocast(device_type=tensors[0].device.type, enabled=False):
-        return _scan_forward(reverse, tensors, keep_states=True)
+def _scan_op(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor, reverse: bool
+) -> tuple[Tensor, Tensor]:
+    return _scan_forward(ScanStream(x, dt, A, B, C, D, dt_bias, reverse), keep_states=True)
 
 
 @_scan_op.register_fake
-def _(tensors: list[Tensor], reverse: list[bool]) -> tuple[list[Tensor], Tensor]:
-    outputs = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors[::_TENSORS]]
-    rows, length = sum(x.shape[0] for x in outputs), outputs[0].shape[1]
-    channels, states = tensors[2].shape
-    chunk = _chunk_length(rows, channels, states)
-    kept = tensors[0].new_empty(-(-length // chunk), rows, states, channels, dtype=_compute_dtype(tensors[0]))
-    return outputs, kept
+def _(x: Tensor, dt: Tensor, A: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    rows, length, channels = x.shape
+    size = min(_chunk_length(rows, *A.shape), max(length, 1))
+    kept = x.new_empty(-(-length // size), rows, A.shape[1], channels, dtype=_compute_dtype(x))
+    return torch.empty_like(x, memory_format=torch.contiguous_format), kept
 
 
-def _scan_op_context(ctx: Any, inputs: tuple, output: tuple[list[Tensor], Tensor]) -> None:
-    tensors, ctx.reverse = inputs
+def _scan_op_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.reverse = inputs
     ctx.save_for_backward(output[1], *tensors)
 
 
-def _scan_op_backward(ctx: Any, grad_outputs: list[Tensor], _: Tensor) -> tuple[list[Tensor], None]:
+def _scan_op_backward(ctx: Any, grad_output: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     kept, *tensors = ctx.saved_tensors
-    grads = torch.ops.hf_effml.selective_scan_backward(tensors, ctx.reverse, kept, list(grad_outputs))
-    return list(grads), None
+    return *torch.ops.hf_effml.selective_scan_backward(tensors, ctx.reverse, kept, grad_output), None
 
 
 @torch.library.custom_op("hf_effml::selective_scan_backward", mutates_args=())
-def _scan_backward_op(
-    tensors: list[Tensor], reverse: list[bool], kept: Tensor, grad_outputs: list[Tensor]
-) -> list[Tensor]:
-    with torch.autocast(device_type=kept.device.type, enabled=False):
-        return _scan_backward(reverse, tensors, kept, grad_outputs)
+def _scan_backward_op(tensors: list[Tensor], reverse: bool, kept: Tensor, grad_output: Tensor) -> list[Tensor]:
+    return _scan_backward(ScanStream._make([*tensors, reverse]), kept, grad_output)
 
 
 @_scan_backward_op.register_fake
-def _(tensors: list[Tensor], reverse: list[bool], kept: Tensor, grad_outputs: list[Tensor]) -> list[Tensor]:
+def _(tensors: list[Tensor], reverse: bool, kept: Tensor, grad_output: Tensor) -> list[Tensor]:
     return [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors]
 
 

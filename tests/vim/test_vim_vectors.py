@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
@@ -53,7 +52,8 @@ def build_model(case):
 
 
 def official_names(params):
-    return {(f"vim.{k}" if not k.startswith("head.") else k.replace("head.", "classifier.")): v for k, v in params.items()}
+    renamed = {key: key.replace("head.", "classifier.") if key.startswith("head.") else f"vim.{key}" for key in params}
+    return {renamed[key]: value for key, value in params.items()}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -101,12 +101,12 @@ def test_mixer(name):
         assert_close(tensor.grad, gradient, "grad", key)
 
 
-@pytest.mark.parametrize("scan", [selective_scan, lambda stream: (selective_scan_reference(stream),)], ids=["fast", "reference"])
+@pytest.mark.parametrize("scan", [lambda stream: selective_scan(stream)[0], selective_scan_reference])
 def test_scan(scan):
     given, expected, gradients = (tensors_of("scan", group) for group in ("in", "out", "grad"))
     leaves = {key: value.clone().requires_grad_() for key, value in given.items() if key != "cotangent"}
     x, dt, B, C = (leaves[key].mT for key in ("u", "delta", "B", "C"))
-    (y,) = scan(ScanStream(x, dt, leaves["A"], B, C, leaves["D"], leaves["delta_bias"]))
+    y = scan(ScanStream(x, dt, leaves["A"], B, C, leaves["D"], leaves["delta_bias"]))
     output = y.mT * F.silu(leaves["z"])
     assert_close(output, expected["out"], "forward")
     (output * given["cotangent"]).sum().backward()
