@@ -1,0 +1,65 @@
+"""Vision Mamba and what the papers that make it faster add to it."""
+
+from transformers import AutoBackbone, AutoConfig, AutoModel, AutoModelForImageClassification
+
+from .backbone_vim import VimBackbone
+from .complexity import count_multiply_adds
+from .configuration_rmeeto import RMeeToVimConfig, merge_schedule, reduction_ratio
+from .configuration_vim import VimConfig
+from .convert_vim import convert_vim_checkpoint, vim_image_processor
+from .modeling_rmeeto import (
+    RMeeToVimForImageClassification,
+    RMeeToVimModel,
+    apply_token_merging,
+    remove_token_merging,
+    token_merging,
+)
+from .modeling_vim import VimForImageClassification, VimModel
+from .selective_scan import ScanStream, selective_scan, selective_scan_reference
+from .token_reduction import MergeInfo, TokenPlan, bipartite_plan, compose, local_plan, random_plan
+from .visualize import visualize_merge
+from .vit_merging import vit_merge_info
+
+
+for _config, _model, _classifier in (
+    (VimConfig, VimModel, VimForImageClassification),
+    (RMeeToVimConfig, RMeeToVimModel, RMeeToVimForImageClassification),
+):
+    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+    AutoModel.register(_config, _model, exist_ok=True)
+    AutoModelForImageClassification.register(_config, _classifier, exist_ok=True)
+    # Saved folders carry these files and load where this package is not installed.
+    _config.register_for_auto_class()
+    _model.register_for_auto_class("AutoModel")
+    _classifier.register_for_auto_class("AutoModelForImageClassification")
+AutoBackbone.register(VimConfig, VimBackbone, exist_ok=True)
+VimBackbone.register_for_auto_class("AutoBackbone")
+
+__all__ = [
+    "MergeInfo",
+    "RMeeToVimConfig",
+    "RMeeToVimForImageClassification",
+    "RMeeToVimModel",
+    "ScanStream",
+    "TokenPlan",
+    "VimBackbone",
+    "VimConfig",
+    "VimForImageClassification",
+    "VimModel",
+    "apply_token_merging",
+    "bipartite_plan",
+    "compose",
+    "convert_vim_checkpoint",
+    "count_multiply_adds",
+    "local_plan",
+    "merge_schedule",
+    "random_plan",
+    "reduction_ratio",
+    "remove_token_merging",
+    "selective_scan",
+    "selective_scan_reference",
+    "token_merging",
+    "vim_image_processor",
+    "visualize_merge",
+    "vit_merge_info",
+]

@@ -1,0 +1,85 @@
+"""Multiply-adds: the official formula on the official schedules, and the work that is really done."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from helpers import pixels
+from hf_effml import VimConfig
+from hf_effml.vim.complexity import count_multiply_adds
+from hf_effml.vim.configuration_rmeeto import RMeeToVimConfig, merge_schedule, merging_blocks
+from hf_effml.vim.modeling_rmeeto import RMeeToVimForImageClassification
+
+
+VECTORS = Path(__file__).parents[1] / "vectors" / "rmeeto"
+SCHEDULES = [case for case in json.loads((VECTORS / "schedules.json").read_text()) if "official_flops" in case]
+SETTINGS = json.loads((VECTORS / "manifest.json").read_text())["files"]["vim_tiny.safetensors"]["settings"]
+WIDTHS = {"tiny": 192, "small": 384, "base": 768}
+
+
+def nominal_lengths(config):
+    """What the official formula supposes: r tokens less at every merge, even when none are left."""
+    blocks, tokens = merging_blocks(config), config.num_patches + 1
+    return [tokens - config.merge_r * sum(b <= block for b in blocks) for block in range(config.num_hidden_layers)]
+
+
+@pytest.mark.parametrize("case", SCHEDULES, ids=lambda case: f"{case['model']}-{case['r']}")
+def test_official_formula(case):
+    config = RMeeToVimConfig(hidden_size=WIDTHS[case["model"]], merge_r=case["r"], num_labels=1000)
+    count = count_multiply_adds(config, nominal_lengths(config))
+    assert count["paper_layers"] == case["official_layer_flops"]
+    assert count["paper_total"] == case["official_flops"]
+
+
+@pytest.mark.parametrize("case", SETTINGS, ids=lambda case: case["name"])
+def test_official_formula_on_tiny_models(case):
+    metric = case.get("metric", "X")
+    config = RMeeToVimConfig(
+        image_size=48,
+        patch_size=8,
+        hidden_size=32,
+        num_hidden_layers=8,
+        state_size=8,
+        num_labels=10,
+        merge_r=case["r"],
+        merge_interval=case.get("interval", 2),
+        merge_offset=int(case.get("odd", False)),
+        merge_metric="hidden" if metric == "X" else metric,
+    )
+    count = count_multiply_adds(config, nominal_lengths(config))
+    assert count["paper_layers"] == case["official_layer_flops_formula"]
+    assert count["paper_total"] == case["official_flops_formula"]
+
+
+@pytest.mark.parametrize("width, work, layers", [(192, 1.82, 1.45), (384, 5.91, 5.08), (768, 20.89, 18.87)])
+def test_both_directions(width, work, layers):
+    """The paper's baselines count one direction (3.2, item 2)."""
+    count = count_multiply_adds(VimConfig(hidden_size=width, num_labels=1000))
+    assert round(count["total"] / 1e9, 2) == work
+    assert round(count["paper_layers"] / 1e9, 2) == layers
+    assert count["matching"] == 0 and count["paper_total"] == count["paper_layers"]
+
+
+def test_matrix_products_are_counted_as_run():
+    config = RMeeToVimConfig(
+        image_size=32, patch_size=4, hidden_size=32, num_hidden_layers=5, state_size=4, num_labels=7, merge_r=9
+    )
+    model = RMeeToVimForImageClassification(config).eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(pixels(config, batch=1))
+    count = count_multiply_adds(config)
+    products = sum(count[part] for part in ("embedding", "projections", "convolutions", "head", "matching"))
+    # The counter sees the matrix products of the scan too, one multiply-add per token, channel, state and direction.
+    scan = 2 * sum(merge_schedule(config)) * config.intermediate_size * config.state_size
+    measured = sum(counter.get_flop_counts()["Global"].values()) / 2
+    assert products <= measured <= products + scan + count["convolutions"]
+
+
+@pytest.mark.parametrize("matching, pairs", [("bipartite", 98 * 98), ("local", 195), ("random", 0)])
+def test_matching(matching, pairs):
+    config = RMeeToVimConfig(num_hidden_layers=3, merge_r=11, merge_matching=matching)
+    assert count_multiply_adds(config)["matching"] == pairs * 192
+    assert count_multiply_adds(RMeeToVimConfig(num_hidden_layers=3))["matching"] == 0

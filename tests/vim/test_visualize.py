@@ -1,0 +1,95 @@
+"""The picture of merged tokens: colours, class tokens wherever they stand, pruned tokens, grids."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from helpers import pixels, tiny_vim_fields
+from hf_effml.vim.configuration_rmeeto import RMeeToVimConfig
+from hf_effml.vim.modeling_rmeeto import RMeeToVimForImageClassification
+from hf_effml.vim.token_reduction import MergeInfo
+from hf_effml.vim.visualize import visualize_merge
+
+
+COLOURS = np.array([[250, 0, 0], [0, 250, 0], [0, 0, 250], [200, 200, 0], [0, 200, 200], [90, 90, 90]], np.uint8)
+
+
+def picture(rows=2, columns=3, patch=40):
+    """One flat colour per patch."""
+    cells = COLOURS[: rows * columns].reshape(rows, columns, 3)
+    return Image.fromarray(cells.repeat(patch, 0).repeat(patch, 1))
+
+
+def info(slots, class_index):
+    tokens = max(slots) + 1
+    return MergeInfo(
+        torch.ones(1, tokens, 1), torch.tensor([slots]), torch.tensor([class_index]), [len(slots), tokens]
+    )
+
+
+def centres(drawn, rows=2, columns=3):
+    """Colours in the middle of every patch, in the left and in the right picture."""
+    width = (drawn.width - 16) // 2
+    cell = width // columns
+    values = np.asarray(drawn).astype(int)
+    middle = [(cell // 2 + row * cell, cell // 2 + column * cell) for row in range(rows) for column in range(columns)]
+    return np.array([[values[y, x + left] for y, x in middle] for left in (0, width + 16)])
+
+
+@pytest.mark.parametrize(
+    "slots, class_index",
+    [
+        ([0, 1, 2, 3, 2, 4], []),
+        ([0, 1, 2, 3, 4, 3, 5], [0]),
+        ([0, 1, 2, 3, 4, 2, 5], [3]),
+        ([0, 1, 2, 3, 4, 3, 5, 6], [0, 6]),
+    ],
+    ids=["no class token", "head", "middle", "double"],
+)
+def test_groups_share_their_mean_colour(slots, class_index):
+    """Whatever the place of the class token; the official plot always drops token 0 (3.3, item 1)."""
+    before, after = centres(visualize_merge(picture(), info(slots, class_index)))
+    assert np.abs(before - COLOURS).max() <= 1
+    expected = COLOURS.astype(float)
+    expected[[2, 4]] = (expected[2] + expected[4]) / 2
+    assert np.abs(after - expected).max() <= 2
+
+
+def test_groups_have_an_outline_and_single_patches_none():
+    drawn = np.asarray(visualize_merge(picture(), info([0, 0, 1, 2, 3, 4], [])))
+    right = drawn[:, (drawn.shape[1] - 16) // 2 + 16 :]
+    cell = right.shape[1] // 3
+    group, single = right[:cell, : 2 * cell], right[cell:, :cell]
+    inside = group[cell // 2, cell // 2]
+    assert (group[0] != inside).any(1).all() and (group[:, 0] != inside).any(1).all()
+    assert (group[5:-5, cell - 3 : cell + 3] == inside).all()
+    assert np.abs(single[10:-10, :-10].astype(int) - COLOURS[3]).max() <= 1
+
+
+def test_pruned_patches_turn_grey():
+    """The official plot paints them like group 0 (3.3, item 2)."""
+    _, after = centres(visualize_merge(picture(), info([0, -1, 1, 2, -1, 3], [])))
+    assert all(len(set(colour)) == 1 for colour in after[[1, 4]].tolist())
+    assert np.abs(after[[0, 2, 3, 5]] - COLOURS[[0, 2, 3, 5]]).max() <= 1
+
+
+def test_grids():
+    six = info([0, 1, 2, 3, 4, 5], [])
+    assert visualize_merge(picture(), six).size == (2 * 447 + 16, 298)
+    assert visualize_merge(picture(3, 2), six).size == (2 * 298 + 16, 447)
+    assert visualize_merge(picture(), six, grid_size=(1, 6)).size == (2 * 450 + 16, 75)
+    with pytest.raises(ValueError, match="2x2 does not hold 6 patches"):
+        visualize_merge(picture(), six, grid_size=(2, 2))
+    with pytest.raises(ValueError, match="5 patches do not fill"):
+        visualize_merge(picture(), info([0, 1, 2, 3, 4], []))
+
+
+@pytest.mark.parametrize("position", ["middle", "head", "double", "none"])
+def test_a_model(position):
+    fields = {"cls_token_position": position, "pooling": "mean" if position == "none" else "cls"}
+    config = RMeeToVimConfig(**tiny_vim_fields(num_hidden_layers=3, merge_r=4, image_size=[16, 24], **fields))
+    with torch.no_grad():
+        merged = RMeeToVimForImageClassification(config)(pixels(config), output_merge_info=True).merge_info
+    drawn = visualize_merge(Image.new("L", (24, 16)), merged, index=1)
+    assert drawn.mode == "RGB" and drawn.size == (2 * 450 + 16, 300)
