@@ -1,0 +1,232 @@
+"""Image data sets from scikit-learn, folders, parquet files and the Hub, as what a model and the Trainer take."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from .augmentation import Augmentation
+from .imports import require
+
+
+DATA_VARIABLE = "HF_EFFML_DATA"
+_IMAGE_COLUMNS, _LABEL_COLUMNS = ("image", "img"), ("label", "labels", "fine_label")
+_TEST_SPLITS = ("validation", "test")
+_CACHE_BYTES = 2**30
+
+
+class ImageSplit(Dataset):
+    """Images of one split as dictionaries of `pixel_values` and `labels`.
+
+    Augmentation depends on the seed, the epoch and the index alone, so that a resumed run and any number of workers
+    see the same images. Trainers of this package call `set_epoch`.
+
+    Args:
+        rows (`Sequence[dict]`):
+            Anything indexable whose rows hold a PIL image and a class number, such as a `datasets.Dataset`.
+        processor (`BaseImageProcessor`):
+            Makes pixels of an image.
+        augmentation (`Augmentation`, *optional*):
+            How images are changed; not at all if unset.
+        columns (`tuple[str, str]`, *optional*, defaults to `("image", "label")`):
+            Names of the image and the label in a row.
+        seed (`int`, *optional*, defaults to 0):
+            Seed of the augmentation.
+
+    Example:
+
+    ```python
+    >>> from PIL import Image
+    >>> from hf_effml import vim_image_processor
+    >>> from hf_effml.utils.image_data import ImageSplit
+
+    >>> row = {"image": Image.new("L", (8, 8)), "label": 3}
+    >>> split = ImageSplit([row], vim_image_processor(16, crop_share=1.0))
+    >>> split[0]["pixel_values"].shape, split[0]["labels"]
+    (torch.Size([3, 16, 16]), 3)
+    ```
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[dict[str, Any]],
+        processor: Any,
+        augmentation: Augmentation | None = None,
+        columns: tuple[str, str] = ("image", "label"),
+        seed: int = 0,
+    ):
+        self.rows = rows
+        self._processor, self._columns, self._seed = processor, columns, seed
+        self._augment = None if augmentation is None else augmentation.transform(processor)
+        self._from_image = augmentation is not None and augmentation.needs_timm
+        # Shared, so that persistent workers see it change.
+        self._epoch = torch.zeros((), dtype=torch.long).share_memory_()
+        size = 4 * 3 * processor.crop_size["height"] * processor.crop_size["width"]
+        self._cache: dict[int, tuple[Tensor, int]] | None = {} if len(rows) * size <= _CACHE_BYTES else None
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.rows)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Says which epoch it is; every epoch has its own augmentation.
+
+        Args:
+            epoch (`int`):
+                Number of the epoch.
+        """
+        self._epoch.fill_(epoch)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Prepares one image."""
+        index = range(len(self))[index]
+        if self._from_image:
+            image, label = self._row(index)
+        else:
+            image, label = self._pixels(index)
+        if self._augment is not None:
+            image = self._augment(image, ((self._seed * 1_000_003 + int(self._epoch)) * 1_000_003 + index) % 2**63)
+        return {"pixel_values": image, "labels": label}
+
+    def _row(self, index: int) -> tuple[Image.Image, int]:
+        row = self.rows[index]
+        return row[self._columns[0]], int(row[self._columns[1]])
+
+    def _pixels(self, index: int) -> tuple[Tensor, int]:
+        """What the processor makes of an image, kept for the next epoch when the whole split fits into memory."""
+        if self._cache is not None and index in self._cache:
+            return self._cache[index]
+        image, label = self._row(index)
+        found = self._processor(image, return_tensors="pt")["pixel_values"][0], label
+        if self._cache is not None:
+            self._cache[index] = found
+        return found
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """A data set for image classification.
+
+    Args:
+        name (`str`):
+            What to call it.
+        train (`ImageSplit`):
+            The training images.
+        test (`ImageSplit`):
+            The images that accuracy is measured on.
+        labels (`list[str]`):
+            Names of the classes, in the order of their numbers.
+        hub_id (`str`, *optional*):
+            Its id on the Hub, if it came from there.
+    """
+
+    name: str
+    train: ImageSplit
+    test: ImageSplit
+    labels: list[str]
+    hub_id: str | None = None
+
+    @property
+    def label_fields(self) -> dict[str, dict]:
+        """The fields of a configuration that name the classes."""
+        return {"id2label": dict(enumerate(self.labels)), "label2id": {name: i for i, name in enumerate(self.labels)}}
+
+
+def load_image_data(
+    name_or_path: str, processor: Any, augmentation: Augmentation | None = None, seed: int = 0
+) -> ImageData:
+    """Loads images for training and for testing.
+
+    Args:
+        name_or_path (`str`):
+            `"digits"` (scikit-learn's, no download); a folder of parquet files, or of images in one folder per class,
+            both with splits named `train` and `validation` or `test`; the path of such a folder below the one that
+            the environment variable `HF_EFFML_DATA` names; or the id of a data set on the Hub.
+        processor (`BaseImageProcessor`):
+            Makes pixels of an image: [`vim_image_processor`], or what `AutoImageProcessor` finds beside a model.
+        augmentation (`Augmentation`, *optional*):
+            How training images are changed.
+        seed (`int`, *optional*, defaults to 0):
+            Seed of the augmentation.
+
+    Returns:
+        [`ImageData`]
+
+    Example:
+
+    ```python
+    >>> from hf_effml import load_image_data, vim_image_processor
+
+    >>> data = load_image_data("digits", vim_image_processor(16, crop_share=1.0))
+    >>> len(data.train), len(data.test), data.train[0]["pixel_values"].shape
+    (898, 899, torch.Size([3, 16, 16]))
+    ```
+    """
+    hub_id, columns = None, ("image", "label")
+    if name_or_path == "digits":
+        train, test, labels = _load_digits()
+    else:
+        source = _find_folder(name_or_path)
+        hub_id = name_or_path if source is None else None
+        train, test, labels, columns = _load_splits(name_or_path, source)
+    return ImageData(
+        name=Path(name_or_path).name if hub_id is None else hub_id,
+        train=ImageSplit(train, processor, augmentation, columns, seed),
+        test=ImageSplit(test, processor, columns=columns),
+        labels=labels,
+        hub_id=hub_id,
+    )
+
+
+def _load_digits() -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[str]]:
+    """scikit-learn's 1797 digits, 898 for training and 899 for testing, always the same ones."""
+    digits = require("sklearn.datasets").load_digits()
+    pixels = (digits.images * (255 / 16)).round().astype(np.uint8)
+    order = np.random.RandomState(0).permutation(len(pixels))
+    rows = [{"image": Image.fromarray(pixels[i]), "label": int(digits.target[i])} for i in order]
+    return rows[:898], rows[898:], [str(name) for name in digits.target_names]
+
+
+def _find_folder(name_or_path: str) -> Path | None:
+    candidates = [Path(name_or_path).expanduser()]
+    if os.environ.get(DATA_VARIABLE):
+        candidates.append(Path(os.environ[DATA_VARIABLE]).expanduser() / name_or_path)
+    return next((path for path in candidates if path.is_dir()), None)
+
+
+def _load_splits(name: str, folder: Path | None) -> tuple[Any, Any, list[str], tuple[str, str]]:
+    datasets = require("datasets")
+    try:
+        splits = datasets.load_dataset(name if folder is None else str(folder))
+    except OSError as error:
+        raise FileNotFoundError(
+            f"No data `{name}`: it is no folder, not below the one that ${DATA_VARIABLE} names, and not found on the "
+            f"Hub or not open to you ({str(error).splitlines()[0]})."
+        ) from error
+    test = next((split for split in _TEST_SPLITS if split in splits), None)
+    if "train" not in splits or test is None:
+        raise ValueError(
+            f"`{name}` must have a split `train` and a split `{'` or `'.join(_TEST_SPLITS)}`; it has "
+            f"`{'`, `'.join(splits)}`."
+        )
+    features = splits["train"].features
+    image = _column(name, features, _IMAGE_COLUMNS)
+    label = _column(name, features, _LABEL_COLUMNS)
+    if not hasattr(features[label], "names"):
+        splits = splits.class_encode_column(label)
+        features = splits["train"].features
+    return splits["train"], splits[test], list(features[label].names), (image, label)
+
+
+def _column(name: str, features: Any, wanted: tuple[str, ...]) -> str:
+    found = next((column for column in wanted if column in features), None)
+    if found is None:
+        raise ValueError(f"`{name}` must have a column `{'` or `'.join(wanted)}`; it has `{'`, `'.join(features)}`.")
+    return found

@@ -1,0 +1,88 @@
+"""A run that `kill -9` ended and that was resumed equals the straight run, bit for bit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+
+# Augmentation, mixup where timm is there, drop path, accumulation over a ragged epoch, merge warm-up, moving average.
+PROGRAM = """
+import os, signal, sys
+import numpy as np
+import torch
+from PIL import Image
+from transformers import TrainerCallback, set_seed
+from hf_effml import *
+from hf_effml.utils.image_data import ImageSplit
+from hf_effml.utils.imports import usable
+
+folder, kill_at, resume = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "resume"
+torch.set_num_threads(1)
+
+
+class Kill(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+set_seed(0)
+pixels = np.random.RandomState(0).randint(0, 255, (28, 12, 12, 3), dtype=np.uint8)
+rows = [{"image": Image.fromarray(image), "label": index % 4} for index, image in enumerate(pixels)]
+data = ImageSplit(rows, vim_image_processor(16, crop_share=1.0), Augmentation(max_shift=2, horizontal_flip=True))
+model = RMeeToVimForImageClassification(
+    RMeeToVimConfig(image_size=16, patch_size=4, hidden_size=16, num_hidden_layers=4, state_size=4, num_labels=4,
+                    merge_r=5, drop_path_rate=0.2, hidden_dropout_prob=0.1)
+)
+args = RMeeToTrainingArguments(
+    folder, max_steps=10, per_device_train_batch_size=4, gradient_accumulation_steps=2, learning_rate=1e-2,
+    save_strategy="steps", save_steps=3, logging_steps=1, merge_warmup=0.8, ema_decay=0.8,
+    report_to="none", use_cpu=True, disable_tqdm=True,
+)
+collator = MixupCollator(4) if usable("timm") else None
+trainer = RMeeToTrainer(model, args, train_dataset=data, data_collator=collator, callbacks=[Kill()])
+trainer.train(resume_from_checkpoint=resume)
+trainer.save_model()
+trainer.save_state()
+"""
+
+
+def run(folder, kill_at=-1, resume=False):
+    command = [sys.executable, "-c", PROGRAM, str(folder), str(kill_at), "resume" if resume else "start"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def log(folder, after):
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [entry for entry in history if "loss" in entry and entry["step"] > after]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("resume") / "straight"
+    outcome = run(folder)
+    assert outcome.returncode == 0, outcome.stderr
+    return folder
+
+
+# The newest checkpoint is in the middle of an epoch of four steps, in the second case of the first one.
+@pytest.mark.parametrize("kill_at", [8, 5])
+def test_killed_and_resumed_equals_straight(straight, tmp_path, kill_at):
+    folder = tmp_path / "killed"
+    assert run(folder, kill_at).returncode == -signal.SIGKILL
+    assert not (folder / "model.safetensors").exists()
+    outcome = run(folder, resume=True)
+    assert outcome.returncode == 0, outcome.stderr
+    for name in ("model.safetensors", "checkpoint-9/model.safetensors", "checkpoint-9/weight_average.safetensors"):
+        expected, found = load_file(straight / name), load_file(folder / name)
+        assert expected.keys() == found.keys()
+        for key, tensor in expected.items():
+            assert torch.equal(tensor, found[key]), f"{name}: {key}"
+    assert log(folder, kill_at) == log(straight, kill_at)

@@ -1,0 +1,154 @@
+"""The programs around Vim and R-MeeTo: train, re-train, evaluate, experiment, demo."""
+
+import json
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+from transformers import AutoModelForImageClassification
+
+from helpers import require_package, run_python
+from hf_effml.cli.parsing import parse_arguments
+from hf_effml.scripts import demo, evaluate_rmeeto, experiment_rmeeto, train_rmeeto, train_vim
+
+
+RECIPES = Path(train_vim.__file__).parent / "recipes"
+PROGRAMS = {
+    "vim": (train_vim.VimScriptArguments, train_vim.Augmentation, train_vim.VimTrainingArguments),
+    "rmeeto": (
+        train_rmeeto.RMeeToScriptArguments,
+        train_rmeeto.MergeArguments,
+        train_rmeeto.Augmentation,
+        train_rmeeto.RMeeToTrainingArguments,
+    ),
+    "experiment_rmeeto": (experiment_rmeeto.ExperimentArguments, experiment_rmeeto.Augmentation),
+}
+SMALL = ["--max_steps", "2", "--per_device_train_batch_size", "4", "--use_cpu", "--save_strategy", "no"]
+TINY = ["--image_size", "16", "--patch_size", "4", "--hidden_size", "16", "--num_hidden_layers", "4"]
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_parse(path):
+    prefix = max((prefix for prefix in PROGRAMS if path.stem.startswith(prefix)), key=len, default=None)
+    if prefix is None:
+        pytest.skip("a recipe of another program")
+    name = path.stem.removeprefix(f"{prefix}_")
+    parsed = parse_arguments(
+        *PROGRAMS[prefix], argv=["--recipe", name], prog="test", description="", recipe_prefix=prefix
+    )
+    assert len(parsed) == len(PROGRAMS[prefix])
+    assert path.read_text().startswith("# ")
+
+
+def test_every_start_recipe_exists():
+    for path in RECIPES.glob("rmeeto_*.yaml"):
+        for line in path.read_text().splitlines():
+            if line.startswith("start_recipe: "):
+                assert (RECIPES / f"vim_{line.partition(': ')[2]}.yaml").exists(), path
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    require_package("sklearn")
+    folder = tmp_path_factory.mktemp("scripts") / "start"
+    results = train_vim.main(["--recipe", "smoke", "--output_dir", str(folder), *TINY, *SMALL])
+    assert results["steps"] == 2 and 0 <= results["accuracy"] <= 1
+    return folder
+
+
+def test_train_vim_writes_a_folder_that_loads(start):
+    model = AutoModelForImageClassification.from_pretrained(start)
+    assert model.config.id2label[3] == "3" and model.config.num_hidden_layers == 4
+    card = ModelCard.load(start / "README.md")
+    assert "Measured on digits." in card.text and "train_vim" not in str(card.data)
+    assert (start / "preprocessor_config.json").exists()
+
+
+def test_fine_tuning_goes_on(start, tmp_path):
+    results = train_vim.main(["--model_name_or_path", str(start), "--output_dir", str(tmp_path / "more"), *SMALL])
+    assert results["steps"] == 2
+
+
+def test_retrain_evaluate_and_card(start, tmp_path, capsys):
+    folder = tmp_path / "merged"
+    arguments = [
+        "--recipe",
+        "smoke",
+        "--model_name_or_path",
+        str(start),
+        "--output_dir",
+        str(folder),
+        "--merge_r",
+        "4",
+    ]
+    results = train_rmeeto.main([*arguments, *SMALL])
+    assert results["tokens_per_layer"] == [17, 17, 13, 13]
+    assert f'from_pretrained("{folder}", trust_remote_code=True)' in capsys.readouterr().out
+    model = AutoModelForImageClassification.from_pretrained(folder)
+    assert type(model).__name__ == "RMeeToVimForImageClassification" and model.config.merge_class_position == "exact"
+    evaluated = evaluate_rmeeto.main(
+        [str(folder), "--start", str(start), "--r", "2", "--rounds", "1", "--batch_size", "128", "--add_to_card"]
+    )
+    rows = {row["name"]: row for row in evaluated["rows"]}
+    assert list(rows) == ["its start, merging off", "as saved", "r = 2"]
+    assert rows["as saved"]["accuracy"] == results["accuracy"]
+    assert rows["its start, merging off"]["accuracy"] == results["dense_accuracy"]
+    assert [row["tokens"] for row in rows.values()] == [17, 15, 16]
+    assert rows["as saved"]["multiply_adds"] < rows["its start, merging off"]["multiply_adds"]
+    json.dumps(evaluated)
+    text = ModelCard.load(folder / "README.md").text
+    assert "| Tokens per block, on average | 15 | 17 |" in text and "Latency (ms per image, cpu, batch 128)" in text
+
+
+def test_start_is_trained_once(tmp_path, monkeypatch):
+    require_package("sklearn")
+    calls = []
+
+    def train_start(argv):
+        calls.append(argv)
+        return original([*argv, *TINY, *SMALL])
+
+    original = train_vim.main
+    monkeypatch.setattr(train_vim, "main", train_start)
+    folder = tmp_path / "run"
+    for _ in range(2):
+        train_rmeeto.main(["--recipe", "smoke", "--output_dir", str(folder), *SMALL])
+    assert calls == [["--recipe", "smoke", "--output_dir", str(folder / "start")]]
+
+
+def test_wrong_use_is_explained(start, tmp_path):
+    with pytest.raises(ValueError, match="Say how much to merge"):
+        train_rmeeto.main(["--model_name_or_path", str(start)])
+    with pytest.raises(ValueError, match="There is no model to start from"):
+        train_rmeeto.main(["--merge_r", "4", "--output_dir", str(tmp_path)])
+
+
+def test_whole_numbers_are_tokens_and_fractions_shares():
+    assert train_rmeeto.MergeArguments(merge_r=5.0).fields()["merge_r"] == 5
+    assert isinstance(train_rmeeto.MergeArguments(merge_r=5.0).fields()["merge_r"], int)
+    assert train_rmeeto.MergeArguments(merge_r=0.1).fields()["merge_r"] == 0.1
+
+
+def test_experiment_reports_every_way(tmp_path, monkeypatch):
+    require_package("sklearn")
+    sizes = ["--patch_size", "4", "--hidden_size", "8", "--num_hidden_layers", "3", "--r", "4", "--seeds", "0", "1"]
+    results = experiment_rmeeto.main(["--output_dir", str(tmp_path), *sizes, "--epochs", "1", "--retrain_epochs", "1"])
+    assert [row["model"] for row in results["rows"]][0] == "dense" and len(results["rows"]) == 8
+    assert all(len(row["accuracies"]) == 2 for row in results["rows"])
+    assert "| merged and re-trained | 4 |" in (tmp_path / "digits.md").read_text()
+    assert json.loads((tmp_path / "digits.json").read_text())["rows"] == results["rows"]
+
+
+@pytest.mark.slow
+def test_demo(tmp_path, capsys):
+    require_package("sklearn")
+    require_package("matplotlib")
+    out = tmp_path / "effml-demo"
+    results = demo.main(["--out", str(out), "--epochs", "1", "--retrain_epochs", "1"])
+    expected = {"accuracy_speed.png", "merged_tokens.png", "results.json", "rmeeto-digits"}
+    assert {path.name for path in out.iterdir()} == expected
+    assert json.loads((out / "results.json").read_text())["rows"] == results["rows"]
+    last = capsys.readouterr().out.strip().splitlines()[-1].strip()
+    assert last == f'pipeline("image-classification", "{out}/rmeeto-digits", trust_remote_code=True)'
+    code = f"from PIL import Image\nfrom transformers import pipeline\nprint(len({last}(Image.new('L', (8, 8)))))"
+    assert run_python(code, cwd=tmp_path, without_package=True).strip() == "5"

@@ -1,0 +1,152 @@
+"""What trainers of image models share: accuracy, mixing, epochs, the moving average, checkpoints that were cut off."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import EvalPrediction, TrainerCallback
+
+from helpers import require_package, tiny_vim_config
+from hf_effml import MixupCollator, VimForImageClassification, VimTrainer, VimTrainingArguments
+from hf_effml.trainers.vision import AVERAGE_NAME, WeightAverage, accuracy, last_complete_checkpoint
+
+
+def images(count=16, seed=1):
+    pixels = torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+    return [{"pixel_values": image, "labels": index % 4} for index, image in enumerate(pixels)]
+
+
+def make_trainer(tmp_path, collator=None, train_dataset=None, **arguments):
+    torch.manual_seed(0)
+    defaults = {"max_steps": 4, "per_device_train_batch_size": 8, "learning_rate": 1e-2, "warmup_steps": 0}
+    defaults |= {"report_to": "none", "use_cpu": True, "save_strategy": "no"}
+    return VimTrainer(
+        VimForImageClassification(tiny_vim_config(num_labels=4)),
+        VimTrainingArguments(str(tmp_path / "run"), **defaults | arguments),
+        data_collator=collator,
+        train_dataset=images() if train_dataset is None else train_dataset,
+        eval_dataset=images(8, 2),
+    )
+
+
+def test_accuracy():
+    scores = np.array([[0.0, 1.0], [2.0, 1.0], [0.0, 3.0], [1.0, 0.0]])
+    assert accuracy(EvalPrediction(scores, np.array([1, 0, 0, 0]))) == {"accuracy": 0.75}
+
+
+def test_training_learns_and_evaluates(tmp_path):
+    data = images(8)
+    trainer = make_trainer(tmp_path, train_dataset=data, max_steps=60)
+    trainer.train()
+    assert trainer.evaluate(data)["eval_accuracy"] == 1.0
+
+
+def test_average_is_the_recursion(tmp_path):
+    trainer = make_trainer(tmp_path, ema_decay=0.5)
+    expected = copy.deepcopy(trainer.model.state_dict())
+
+    class Follow(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            for name, tensor in model.state_dict().items():
+                expected[name] = 0.5 * expected[name] + 0.5 * tensor
+
+    # Ahead of the trainer's own, which hands over the average at the end.
+    trainer.callback_handler.callbacks.insert(0, Follow())
+    trainer.train()
+    for name, tensor in trainer.model.state_dict().items():
+        torch.testing.assert_close(tensor, expected[name], atol=1e-6, rtol=1e-5)
+
+
+def test_average_is_what_evaluations_see(tmp_path):
+    trainer = make_trainer(tmp_path, ema_decay=0.999, eval_strategy="steps", eval_steps=4)
+    start = trainer.evaluate()["eval_loss"]
+    seen = []
+
+    class Look(TrainerCallback):
+        def on_evaluate(self, args, state, control, metrics=None, model=None, **kwargs):
+            seen.append((metrics["eval_loss"], copy.deepcopy(model.state_dict())))
+
+    trainer.add_callback(Look())
+    trainer.train()
+    (loss, weights), after = seen[0], trainer.evaluate()["eval_loss"]
+    assert loss == after and abs(loss - start) < 0.02
+    # During training the model's own weights went on.
+    assert any(not torch.equal(tensor, weights[name]) for name, tensor in trainer.model.state_dict().items())
+
+
+def test_average_lies_in_checkpoints_only(tmp_path):
+    trainer = make_trainer(tmp_path, ema_decay=0.9, save_strategy="steps", save_steps=2)
+    trainer.train()
+    trainer.save_model()
+    checkpoint = load_file(tmp_path / "run" / "checkpoint-4" / "model.safetensors")
+    average = load_file(tmp_path / "run" / "checkpoint-4" / AVERAGE_NAME)
+    final = load_file(tmp_path / "run" / "model.safetensors")
+    assert not (tmp_path / "run" / AVERAGE_NAME).exists()
+    assert all(torch.equal(final[name], average[name]) for name in final)
+    assert any(not torch.equal(final[name], checkpoint[name]) for name in final)
+
+
+def test_best_average_is_kept(tmp_path):
+    arguments = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    trainer = make_trainer(
+        tmp_path, ema_decay=0.5, load_best_model_at_end=True, metric_for_best_model="loss", max_steps=5, **arguments
+    )
+    trainer.train()
+    best = load_file(f"{trainer.state.best_model_checkpoint}/{AVERAGE_NAME}")
+    assert all(torch.equal(tensor, best[name]) for name, tensor in trainer.model.state_dict().items())
+
+
+def test_average_missing_from_a_checkpoint_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="trained without `ema_decay`"):
+        WeightAverage(torch.nn.Linear(1, 1), 0.5).load(tmp_path)
+
+
+def test_checkpoints_that_were_cut_off_are_passed_over(tmp_path):
+    assert last_complete_checkpoint(tmp_path / "nowhere") is None
+    for step, state in ((2, "{}"), (10, "{}"), (11, '{"epoch": '), (12, None)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if state is not None:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+
+
+def test_nothing_to_resume_starts_anew(tmp_path):
+    assert make_trainer(tmp_path, max_steps=1).train(resume_from_checkpoint="true").global_step == 1
+
+
+def test_data_is_told_the_epoch(tmp_path):
+    class Data(list):
+        epochs = []
+
+        def set_epoch(self, epoch):
+            self.epochs.append(epoch)
+
+    data = Data(images())
+    make_trainer(tmp_path, train_dataset=data, max_steps=5).train()
+    assert sorted(set(data.epochs)) == [0, 1, 2] and data.epochs == sorted(data.epochs)
+
+
+def test_mixing_is_for_training_only(tmp_path):
+    require_package("timm")
+    trainer = make_trainer(tmp_path, MixupCollator(4))
+    assert next(iter(trainer.get_train_dataloader()))["labels"].shape == (8, 4)
+    assert next(iter(trainer.get_eval_dataloader()))["labels"].dtype == torch.long
+    assert next(iter(trainer.get_test_dataloader(images())))["labels"].dtype == torch.long
+    trainer.train()
+    assert "eval_accuracy" in trainer.evaluate()
+
+
+def test_smoothing_twice_is_refused(tmp_path):
+    require_package("timm")
+    with pytest.raises(ValueError, match="`label_smoothing_factor` must be 0 with a `MixupCollator`"):
+        make_trainer(tmp_path, MixupCollator(4), label_smoothing_factor=0.1)
+
+
+def test_plain_arguments_do(tmp_path):
+    from transformers import TrainingArguments
+
+    args = TrainingArguments(str(tmp_path), max_steps=1, report_to="none", use_cpu=True, save_strategy="no")
+    model = VimForImageClassification(tiny_vim_config(num_labels=4))
+    assert VimTrainer(model, args, train_dataset=images()).train().global_step == 1

@@ -1,0 +1,21 @@
+"""One trainer per method."""
+
+from hf_effml.utils.augmentation import Augmentation, MixupCollator
+from hf_effml.utils.image_data import ImageData, load_image_data
+
+from .rmeeto import MergeWarmupCallback, RMeeToTrainer, RMeeToTrainingArguments, distillation_loss
+from .vim import VimTrainer, VimTrainingArguments
+
+
+__all__ = [
+    "Augmentation",
+    "ImageData",
+    "MergeWarmupCallback",
+    "MixupCollator",
+    "RMeeToTrainer",
+    "RMeeToTrainingArguments",
+    "VimTrainer",
+    "VimTrainingArguments",
+    "distillation_loss",
+    "load_image_data",
+]

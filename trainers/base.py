@@ -1,0 +1,178 @@
+"""What all trainers share: the model card, and which parameters decay."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import MISSING, fields
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+from hf_effml.hub import CardResult, write_model_card
+from hf_effml.methods import METHODS, VIM
+
+
+# Arguments on where a run writes and how it reports; they did not shape the model.
+_ABOUT_THE_RUN = (
+    "accelerator_config",
+    "dataloader_",
+    "debug",
+    "disable_tqdm",
+    "eval_",
+    "hub_",
+    "logging_",
+    "output_dir",
+    "push_to_hub",
+    "report_to",
+    "resume_",
+    "run_name",
+    "save_",
+)
+_SPEED_OF_EVALUATION = ("_runtime", "_per_second", "_time")
+
+
+class EffMLTrainer(Trainer):
+    """[`~transformers.Trainer`] with this package's model card and the model's own word on what decays.
+
+    Subclasses say what they are: `_name` is the method's name in `hf_effml.methods`, `_paper` its arXiv id, `_tags`
+    are tags for the Hub besides those listed there.
+
+    Facts for the card that only the program knows, such as `evaluated_on`, `base_model` or measured `results`, go into
+    the attribute `card_facts`. They are keyword arguments of [`~hf_effml.hub.render_model_card`] and take precedence
+    over what the trainer finds out by itself.
+
+    Example:
+
+    ```python
+    >>> trainer.card_facts["evaluated_on"] = "the test split of digits"  # doctest: +SKIP
+    >>> trainer.push_to_hub()  # doctest: +SKIP
+    ```
+    """
+
+    _name: str | None = None
+    _paper: str | None = None
+    _tags: Sequence[str] = ()
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        self.card_facts: dict[str, Any] = {}
+        super().__init__(*args, **kwargs)
+
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
+        """Creates the repository and keeps the pickled arguments, which hold paths and maybe a token, out of it.
+
+        Args:
+            args (`tuple`):
+                Passed on to [`~transformers.Trainer.init_hf_repo`].
+            kwargs (`dict`):
+                Passed on as well.
+        """
+        super().init_hf_repo(*args, **kwargs)
+        if self.is_world_process_zero():
+            ignored = Path(self.args.output_dir, ".gitignore")
+            ignored.parent.mkdir(parents=True, exist_ok=True)
+            lines = ignored.read_text(encoding="utf-8").splitlines() if ignored.exists() else []
+            if "training_args.bin" not in lines:
+                ignored.write_text("\n".join([*lines, "training_args.bin", ""]), encoding="utf-8")
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        finetuned_from: str | None = None,
+        dataset: str | None = None,
+        dataset_tags: str | list[str] | None = None,
+    ) -> None:
+        """Writes the model's card into the output folder.
+
+        Args:
+            model_name (`str`, *optional*):
+                Name of the model. Defaults to the repository it is pushed to, or the folder's name.
+            license (`str`, *optional*):
+                License of the weights. Defaults to Apache 2.0 for a model trained from scratch.
+            tags (`str` or `list[str]`, *optional*):
+                Further tags.
+            finetuned_from (`str`, *optional*):
+                Hub id of the model that training started from. Defaults to where the model was loaded from.
+            dataset (`str`, *optional*):
+                Name of the data that the results in the log were measured on.
+            dataset_tags (`str` or `list[str]`, *optional*):
+                Hub ids of the training data.
+        """
+        if not self.is_world_process_zero():
+            return
+        output_dir = Path(self.args.output_dir)
+        base_model = finetuned_from or self.model.config.name_or_path or None
+        paper_tags = [f"arxiv:{self._paper}"] if self._paper else []
+        facts = {
+            "config": None if (output_dir / "config.json").exists() else self.model.config.to_dict(),
+            "method": next((method.key for method in (*METHODS, VIM) if method.name == self._name), None),
+            "results": _evaluation_results(self.state.log_history),
+            "evaluated_on": dataset,
+            "command": _command_line(),
+            "arguments": _changed_arguments(self.args),
+            "base_model": base_model,
+            "datasets": _as_list(dataset_tags),
+            "license": license or ("apache-2.0" if base_model is None else None),
+            "tags": [*self._tags, *_as_list(tags), *paper_tags],
+        }
+        write_model_card(output_dir, self.hub_model_id or model_name, **(facts | self.card_facts))
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Names the parameters that weight decay applies to: the usual ones less the model's `no_weight_decay()`.
+
+        Args:
+            model (`nn.Module`):
+                The model, bare or wrapped (DDP, PEFT, `torch.compile`).
+
+        Returns:
+            `list[str]`: parameter names.
+        """
+        excluded = set()
+        for prefix, module in model.named_modules():
+            if hasattr(type(module), "no_weight_decay"):
+                excluded |= {f"{prefix}.{name}".lstrip(".") for name in module.no_weight_decay()}
+        return [name for name in super().get_decay_parameter_names(model) if name not in excluded]
+
+
+def _as_list(value: str | list[str] | None) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or [])
+
+
+def _evaluation_results(log_history: Sequence[dict[str, Any]]) -> list[CardResult]:
+    """The last evaluation, beside the one at step 0 if there was one (`eval_on_start=True`)."""
+    evaluations = [entry for entry in log_history if any(key.startswith("eval_") for key in entry)]
+    if not evaluations:
+        return []
+    first = evaluations[0] if evaluations[0].get("step") == 0 and len(evaluations) > 1 else {}
+    results = []
+    for key, value in evaluations[-1].items():
+        if key.startswith("eval_") and not key.endswith(_SPEED_OF_EVALUATION):
+            metric = key.removeprefix("eval_")
+            results.append(CardResult(metric.replace("_", " ").capitalize(), value, first.get(key), metric))
+    return results
+
+
+def _command_line() -> list[str] | None:
+    """The command that runs this program, unless it is a notebook or a test."""
+    program = Path(sys.argv[0]).name
+    if program == "hf-effml":
+        return sys.argv
+    return (
+        ["python", *sys.argv] if program.endswith(".py") and not program.endswith(("_launcher.py", "__.py")) else None
+    )
+
+
+def _changed_arguments(args: TrainingArguments) -> dict[str, Any]:
+    """The arguments that shaped the training and are not at their defaults."""
+    changed = {}
+    for field in fields(args):
+        default = field.default_factory() if field.default_factory is not MISSING else field.default
+        value = getattr(args, field.name)
+        # The base class turns some defaults of None into False or an empty list.
+        is_default = value == default or (not value and not default)
+        if not is_default and not field.name.startswith(_ABOUT_THE_RUN):
+            changed[field.name] = value.value if isinstance(value, Enum) else value
+    return changed

@@ -1,0 +1,290 @@
+"""What trainers of image models share: mixed labels, exactly repeatable augmentation, a moving average of weights."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.utils.data import DataLoader
+from transformers import EvalPrediction, TrainerCallback, TrainingArguments, default_data_collator
+from transformers.trainer_callback import TrainerControl, TrainerState
+from transformers.utils import logging
+
+from hf_effml.utils.augmentation import MixupCollator
+
+from .base import EffMLTrainer
+
+
+logger = logging.get_logger(__name__)
+
+AVERAGE_NAME = "weight_average.safetensors"
+
+
+@dataclass
+class VisionTrainingArguments(TrainingArguments):
+    """How to train an image model; what is not said here is as in [`~transformers.TrainingArguments`].
+
+    Args:
+        ema_decay (`float`, *optional*):
+            Keeps a moving average of the weights with this decay, 0.99996 in the Vim and R-MeeTo papers. The average
+            is what evaluations see and what the model holds after training.
+        lr_scheduler_type (`str`, *optional*, defaults to `"cosine_with_min_lr"`):
+            A cosine over all steps.
+        min_learning_rate (`float`, *optional*, defaults to 1e-5):
+            Where that cosine ends; other schedules do not look at it.
+        remove_unused_columns (`bool`, *optional*, defaults to `False`):
+            Images are made from columns that no model takes, so none are removed.
+        dataloader_pin_memory (`bool`, *optional*):
+            Whether batches lie in pinned memory. Defaults to whether there is an accelerator.
+        ddp_find_unused_parameters (`bool`, *optional*, defaults to `False`):
+            Every parameter takes part in every step; searching for others costs time.
+    """
+
+    ema_decay: float | None = field(
+        default=None, metadata={"help": "Evaluate and keep a moving average of the weights with this decay."}
+    )
+    lr_scheduler_type: str = field(default="cosine_with_min_lr", metadata={"help": "Course of the learning rate."})
+    min_learning_rate: float = field(default=1e-5, metadata={"help": "Where the cosine ends."})
+    lr_scheduler_kwargs: dict | str | None = field(default=None, metadata={"help": "Options of that course."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Remove columns the model does not take."})
+    dataloader_pin_memory: bool = field(
+        default_factory=torch.accelerator.is_available, metadata={"help": "Keep batches in pinned memory."}
+    )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Let DDP search for parameters without a gradient."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"`ema_decay` must be between 0 and 1; got {self.ema_decay}. Leave it out for none.")
+        if self.lr_scheduler_type == "cosine_with_min_lr" and not self.lr_scheduler_kwargs:
+            self.lr_scheduler_kwargs = {"min_lr": self.min_learning_rate}
+        super().__post_init__()
+
+
+class VisionTrainer(EffMLTrainer):
+    """[`~transformers.Trainer`] for image models. Subclasses say which.
+
+    Accuracy is measured unless `compute_metrics` says otherwise. A [`MixupCollator`] mixes training batches only. A
+    data set with a method `set_epoch` is told the epoch.
+    """
+
+    loss_is_scaled_for_ga = False
+    data_collator: Any
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        kwargs.setdefault("compute_metrics", accuracy)
+        self._averaging = _AverageCallback()
+        super().__init__(*args, **kwargs)
+        # The loss is the mean of a batch, also where the model's `forward` takes further keywords.
+        self.model_accepts_loss_kwargs = False
+        if self.args.label_smoothing_factor and isinstance(self.data_collator, MixupCollator):
+            raise ValueError(
+                f"`label_smoothing_factor` must be 0 with a `MixupCollator`, which smooths labels itself; got "
+                f"{self.args.label_smoothing_factor}. Pass `label_smoothing` to the collator."
+            )
+        self.add_callback(_EpochCallback(self.train_dataset))
+        self.add_callback(self._averaging)
+
+    @property
+    def _average(self) -> "WeightAverage | None":
+        return self._averaging.average
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        """Makes the batches of an evaluation; they are never mixed."""
+        with self._without_mixup():
+            return super().get_eval_dataloader(*args, **kwargs)
+
+    def get_test_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        """Makes the batches of a prediction; they are never mixed."""
+        with self._without_mixup():
+            return super().get_test_dataloader(*args, **kwargs)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Trains the model.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*):
+                Folder of a checkpoint, or `True` (`true` on a command line) for the newest complete one in
+                `output_dir`; a checkpoint that the end of a process cut off is passed over.
+            kwargs (`dict`, *optional*):
+                Passed on to [`~transformers.Trainer.train`].
+
+        Returns:
+            `TrainOutput`: steps, loss and timings.
+        """
+        if str(resume_from_checkpoint).lower() == "true":
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                logger.warning(f"`{self.args.output_dir}` holds no complete checkpoint; training starts anew.")
+        decay = getattr(self.args, "ema_decay", None)
+        if decay is not None:
+            average = self._averaging.average = WeightAverage(self.model, decay)
+            if resume_from_checkpoint:
+                average.load(str(resume_from_checkpoint))
+        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluates or predicts, during training with the averaged weights if there are any."""
+        if self._average is None:
+            return super().evaluation_loop(*args, **kwargs)
+        with self._average.swapped_in(self.model):
+            return super().evaluation_loop(*args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves the model and, during training, the moving average beside it.
+
+        Args:
+            output_dir (`str`, *optional*):
+                Folder to write. Defaults to `args.output_dir`.
+        """
+        super().save_model(output_dir, _internal_call)
+        if self._average is not None and self.args.should_save:
+            self._average.save(output_dir or self.args.output_dir)
+
+    @contextmanager
+    def _without_mixup(self) -> Iterator[None]:
+        collator = self.data_collator
+        if isinstance(collator, MixupCollator):
+            self.data_collator = default_data_collator
+        try:
+            yield
+        finally:
+            self.data_collator = collator
+
+
+class WeightAverage:
+    """Exponential moving average of a model's weights.
+
+    Args:
+        model (`nn.Module`):
+            The model; the average starts from its weights.
+        decay (`float`):
+            Share of the old average that an update keeps.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self._update = get_ema_multi_avg_fn(decay)
+        self.weights = {name: tensor.detach().clone() for name, tensor in self._of(model).items()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Moves the average a little towards the model's weights."""
+        self._update(list(self.weights.values()), list(self._of(model).values()), None)
+
+    @contextmanager
+    def swapped_in(self, model: nn.Module) -> Iterator[None]:
+        """Lends the averaged weights to the model for a block of code."""
+        own = {name: tensor.detach().clone() for name, tensor in self._of(model).items()}
+        self.copy_to(model)
+        try:
+            yield
+        finally:
+            _copy(own, self._of(model))
+
+    def copy_to(self, model: nn.Module) -> None:
+        """Gives the model the averaged weights for good."""
+        _copy(self.weights, self._of(model))
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the average into a checkpoint."""
+        save_file({name: tensor.contiguous() for name, tensor in self.weights.items()}, Path(folder) / AVERAGE_NAME)
+
+    def load(self, folder: str | Path) -> None:
+        """Reads the average of a checkpoint."""
+        path = Path(folder) / AVERAGE_NAME
+        if not path.exists():
+            raise FileNotFoundError(
+                f"`{folder}` holds no `{AVERAGE_NAME}`: it was trained without `ema_decay`. Leave `ema_decay` out or "
+                "start anew."
+            )
+        _copy(load_file(path), self.weights)
+
+    @staticmethod
+    def _of(model: nn.Module) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+
+
+def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    """Measures the share of images whose highest score is that of their class.
+
+    Args:
+        prediction (`EvalPrediction`):
+            Scores and class numbers.
+
+    Returns:
+        `dict[str, float]`: the accuracy.
+    """
+    scores = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+    return {"accuracy": float((scores.argmax(-1) == prediction.label_ids).mean())}
+
+
+def last_complete_checkpoint(folder: str | Path) -> str | None:
+    """Finds the newest checkpoint of a run that was written to its end.
+
+    Args:
+        folder (`str` or `Path`):
+            The run's `output_dir`.
+
+    Returns:
+        `str` or `None`: the checkpoint's folder.
+    """
+    checkpoints = sorted(Path(folder).glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    return next((str(path) for path in reversed(checkpoints) if _is_complete(path)), None)
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    """Whether the state, which the Trainer writes last, is there and whole."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return False
+    return True
+
+
+@torch.no_grad()
+def _copy(source: dict[str, Tensor], target: dict[str, Tensor]) -> None:
+    for name, tensor in target.items():
+        tensor.copy_(source[name])
+
+
+class _EpochCallback(TrainerCallback):
+    """Tells the training data which epoch it is; accelerate does so in single-process runs only."""
+
+    def __init__(self, dataset: Any):
+        self.dataset = dataset
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(int(state.epoch or 0))
+
+
+class _AverageCallback(TrainerCallback):
+    """Keeps the moving average up to date during training and hands it to the model at the end."""
+
+    def __init__(self) -> None:
+        self.average: WeightAverage | None = None
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.average is not None:
+            self.average.update(kwargs["model"])
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.average is None:
+            return
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self.average.load(state.best_model_checkpoint)
+        self.average.copy_to(kwargs["model"])
+        self.average = None
