@@ -1,0 +1,202 @@
+"""Model cards: what is on them, in which order, and what must not be."""
+
+import json
+import re
+
+import pytest
+from huggingface_hub import ModelCard, ModelCardData
+
+from hf_effml.hub import CardResult, add_results, render_model_card, write_model_card
+from hf_effml.hub.cards import set_model_id
+from hf_effml.hub.privacy import find_private, scrub, scrub_command
+from hf_effml.methods import METHODS
+
+
+TOKEN = "hf_" + "A" * 34
+RESULTS = [
+    CardResult("Accuracy", 0.9345678, starting_point=0.95, metric="accuracy"),
+    CardResult("Multiply-adds", 1234567, starting_point=2345678),
+    CardResult("Latency (ms | image, 2 CPU cores)", 12.3456),
+]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A saved image classifier, as far as a card is concerned."""
+    folder = tmp_path / "my-vim"
+    folder.mkdir()
+    config = {
+        "architectures": ["RMeeToVimForImageClassification"],
+        "auto_map": {"AutoModelForImageClassification": "modeling_rmeeto.RMeeToVimForImageClassification"},
+        "id2label": {str(label): str(label) for label in range(10)},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "preprocessor_config.json").write_text("{}")
+    return folder
+
+
+def full_card(folder):
+    return render_model_card(
+        folder,
+        "alice/my-vim",
+        method="rmeeto",
+        results=RESULTS,
+        evaluated_on="the test split of digits",
+        command=["/home/alice/bin/hf-effml", "train", "rmeeto", "--hub_token", TOKEN, "--data=/home/alice/digits"],
+        arguments={"learning_rate": 1e-3, "data": "/home/alice/digits", "hub_token": TOKEN, "betas": [0.9, 0.95]},
+        base_model="alice/vim-digits",
+        datasets=["alice/digits"],
+        limits=["It was trained on tiny pictures."],
+        tags=["tiny"],
+    )
+
+
+def test_order_of_sections(folder):
+    headings = re.findall(r"^#+ (.*)$", full_card(folder).text, flags=re.M)
+    assert headings == ["my-vim", "Use", "Results", "How it was made", "Limits", "Versions", "Citation"]
+
+
+def test_metadata(folder):
+    full_card(folder).save(folder / "README.md")
+    data = ModelCard.load(folder / "README.md").data
+    assert data.library_name == "transformers"
+    assert data.pipeline_tag == "image-classification"
+    assert data.base_model == "alice/vim-digits"
+    assert data.datasets == ["alice/digits"]
+    assert data.license == "apache-2.0"
+    assert {"rmeeto", "token-merging", "tiny", "arxiv:2412.12496", "arxiv:2401.09417"} <= set(data.tags)
+    assert len(data.eval_results) == 1 and data.model_name == "my-vim"
+    result = data.eval_results[0]
+    assert [result.metric_type, result.metric_value] == ["accuracy", 0.9345678]
+    assert [result.dataset_name, result.dataset_type] == ["the test split of digits", "the-test-split-of-digits"]
+
+
+def test_content(folder):
+    text = full_card(folder).text
+    assert 'model_id = "alice/my-vim"\n' in text and "trust_remote_code=True" in text
+    assert "|  | This model | Its starting point |" in text
+    assert "| Accuracy | 0.9346 | 0.95 |" in text
+    assert "| Multiply-adds | 1,234,567 | 2,345,678 |" in text
+    assert r"| Latency (ms \| image, 2 CPU cores) | 12.35 | - |" in text
+    assert "hf-effml train rmeeto --data=digits\n" in text
+    assert "| `learning_rate` | `0.001` |" in text and "| `data` | `digits` |" in text
+    assert "10 classes" in text and "- It was trained on tiny pictures." in text
+    assert re.search(r"hf-effml [\d.]+, transformers 5", text)
+    assert text.count("@misc{") == 2
+    assert find_private(text) == [] and "alice/bin" not in text
+
+
+def test_only_what_is_known(folder):
+    text = render_model_card(folder).text
+    assert "## Results" not in text and "## Citation" not in text and "None" not in text
+    assert 'model_id = "my-vim"\n' in text
+    one_column = render_model_card(folder, results=[CardResult("Tokens", 197)])
+    assert "|  | This model |\n| --- | --- |\n| Tokens | 197 |\n" in one_column.text
+    assert "model-index" not in one_column.content
+    for local in (str(folder), "/home/alice/gone", "../gone"):
+        card = render_model_card(folder, base_model=local, license=None)
+        assert card.data.base_model is None and card.data.license is None and "gone" not in card.text
+
+
+@pytest.mark.parametrize("key", [method.key for method in METHODS])
+def test_no_placeholder_for_any_method(folder, key):
+    for card in (render_model_card(folder, method=key), full_card(folder)):
+        assert not re.search(r"more information needed|\[\]|\(\)|todo|unknown|\n{4,}", card.text, flags=re.I)
+        assert "{{" not in card.text and "{%" not in card.text
+
+
+def test_snippet_without_pictures(folder):
+    config = {"architectures": ["VimForImageClassification"], "num_channels": 1}
+    text = render_model_card(folder, config=config).text
+    assert "AutoModelForImageClassification.from_pretrained(model_id)" in text
+    assert "pipeline(" not in text and "trust_remote_code" not in text
+
+
+def test_adapter(folder):
+    (folder / "adapter_config.json").write_text("{}")
+    assert render_model_card(folder).data.library_name == "peft"
+
+
+def test_added_results_keep_what_was_written(folder):
+    card = full_card(folder)
+    card.text = card.text.replace("## Limits", "My own words | here.\n\n## Limits")
+    card.data.language = "en"
+    card.save(folder / "README.md")
+    before = card.text
+    new = [CardResult("Accuracy", 0.96, starting_point=0.95, metric="accuracy"), CardResult("Memory (MB)", 120)]
+    add_results(folder, new, "the test split of digits")
+    after = ModelCard.load(folder / "README.md")
+    assert "| Accuracy | 0.96 | 0.95 |" in after.text and "| Memory (MB) | 120 | - |" in after.text
+    assert [line for line in before.split("\n") if "0.9346" not in line] == [
+        line for line in after.text.split("\n") if "0.96" not in line and "Memory" not in line
+    ]
+    assert [result.metric_value for result in after.data.eval_results] == [0.96]
+    assert after.data.language == "en"
+
+    add_results(folder, [CardResult("Accuracy", 0.5, metric="accuracy")], "photographs")
+    again = ModelCard.load(folder / "README.md")
+    assert "| Accuracy | 0.96 | 0.95 |" in again.text and "| Accuracy, photographs | 0.5 | - |" in again.text
+    assert [result.metric_value for result in again.data.eval_results] == [0.96, 0.5]
+
+
+def test_added_results_on_cards_without_a_table(folder):
+    write_model_card(folder)
+    add_results(folder, RESULTS, "digits")
+    text = (folder / "README.md").read_text()
+    assert text.index("## Results") < text.index("Measured on digits.") < text.index("## How it was made")
+    ModelCard("---\nlicense: mit\n---\n\n# Mine\n\nWords.\n").save(folder / "README.md")
+    add_results(folder, RESULTS, "digits")
+    card = ModelCard.load(folder / "README.md")
+    assert card.text.startswith("\n# Mine\n\nWords.\n\n## Results\n") and card.data.license == "mit"
+    (folder / "README.md").unlink()
+    with pytest.raises(FileNotFoundError, match="write_model_card"):
+        add_results(folder, RESULTS, "digits")
+
+
+def test_model_id_follows_a_push(folder):
+    before = write_model_card(folder).read_text()
+    set_model_id(folder, "alice/elsewhere")
+    assert (folder / "README.md").read_text() == before.replace('"my-vim"', '"alice/elsewhere"')
+
+
+def test_metadata_without_a_task_gets_no_index(folder):
+    card = render_model_card(folder, config={}, results=RESULTS, evaluated_on="digits")
+    assert card.data.pipeline_tag is None and card.data.eval_results is None
+    assert isinstance(card.data, ModelCardData)
+
+
+@pytest.mark.parametrize(
+    "value, shown",
+    [
+        ("/home/alice/photos", "photos"),
+        ("/", "."),
+        ("~/photos", "photos"),
+        (r"C:\Users\alice\photos", "photos"),
+        ("alice/photos", "alice/photos"),
+        (f"key={TOKEN}", "key=<token>"),
+        ({"hub_token": "x", "wandb_api_key": "x", "max_tokens": 3}, {"max_tokens": 3}),
+        (["/a/b", {"c": "/d/e"}, 1.5, None, True], ["b", {"c": "e"}, 1.5, None, True]),
+    ],
+)
+def test_scrub(value, shown):
+    assert scrub(value) == shown
+
+
+@pytest.mark.parametrize(
+    "argv, shown",
+    [
+        (["python", "/srv/train.py", "--lr", "1e-3"], "python train.py --lr 1e-3"),
+        (["a", "--hub-token", "secret", "--x", "1"], "a --x 1"),
+        (["a", "--hub_token=secret", "b"], "a b"),
+        (["a", "--push_to_hub", "--password", "--x=/y/z"], "a --push_to_hub --x=z"),
+        (["a", "two words"], "a 'two words'"),
+    ],
+)
+def test_scrub_command(argv, shown):
+    assert scrub_command(argv) == shown
+
+
+def test_find_private():
+    text = f"hf_effml\nhttps://example.org/home/alice/x\n{TOKEN}\n'/Users/bob/x'\nnext to /home/\nfile:///root/x"
+    assert [remark.split(" ")[1] for remark in find_private(text)] == ["3", "4", "6"]
+    assert TOKEN not in str(find_private(text))
