@@ -1,0 +1,124 @@
+"""The `--help` of a program, written from the dataclasses it fills: its own options first, the inherited on demand."""
+
+import dataclasses
+import inspect
+import shutil
+import textwrap
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+
+COMMON_OPTIONS = ("--recipe", "--config", "--json", "--debug", "--help", "--help-all")
+
+_COMMON_HELP = (
+    "Every program takes --recipe NAME, --config FILE (YAML; overrides the recipe, the command line overrides both), "
+    "--json (print one JSON object), --debug (show the traceback of an error), --help and --help-all."
+)
+
+
+def program_help(
+    prog: str, description: str, dataclass_types: tuple[type, ...], recipes: dict[str, Path], everything: bool
+) -> str:
+    """Writes the help of a program.
+
+    Args:
+        prog (`str`):
+            The command as typed.
+        description (`str`):
+            The program's docstring.
+        dataclass_types (`tuple[type, ...]`):
+            The dataclasses it fills, their field types resolved.
+        recipes (`dict[str, Path]`):
+            Its recipes by name.
+        everything (`bool`):
+            Whether to show the inherited fields too.
+
+    Returns:
+        `str`: the text, without a newline at its end.
+    """
+    options = {cls: _options(cls) for cls in dataclass_types}
+    positional = [f.name.upper() for fields in options.values() for f in fields if f.metadata.get("positional")]
+    sections = [" ".join(["usage:", prog, *positional, "[options]"]), inspect.cleandoc(description)]
+    sections += [_group_help(cls, fields, everything) for cls, fields in options.items()]
+    if recipes:
+        short = {
+            name: textwrap.shorten(_first_comment(p), _width() - 26, placeholder=" ...") for name, p in recipes.items()
+        }
+        sections.append("\n".join(["Recipes", *(help_line(name, text) for name, text in short.items())]))
+    sections.append(textwrap.fill(_COMMON_HELP, _width(), break_on_hyphens=False))
+    hidden = sum(len(_inherited(cls)) for cls in dataclass_types)
+    if hidden and not everything:
+        sections.append(
+            f"`{prog} --help-all` adds {hidden} inherited options: --output_dir, --seed, --save_strategy ..."
+        )
+    return "\n\n".join(sections)
+
+
+def help_line(label: str, text: str) -> str:
+    """Sets a label and its wrapped text in two columns.
+
+    Args:
+        label (`str`):
+            What is explained.
+        text (`str`):
+            The explanation.
+
+    Returns:
+        `str`: one or more lines.
+    """
+    first, *rest = textwrap.wrap(text, max(_width() - 26, 40), break_on_hyphens=False) or [""]
+    head = f"  {label:<23} {first}" if len(label) < 24 else f"  {label}\n{'':26}{first}"
+    return "\n".join([head.rstrip(), *(f"{'':26}{line}" for line in rest)])
+
+
+def _width() -> int:
+    return min(shutil.get_terminal_size().columns, 119)
+
+
+def _options(cls: type) -> list[dataclasses.Field]:
+    return [field for field in dataclasses.fields(cls) if field.init and f"--{field.name}" not in COMMON_OPTIONS]
+
+
+def _declared(cls: type, by_transformers: bool) -> set[str]:
+    bases = (base for base in cls.__mro__ if base.__module__.startswith("transformers.") == by_transformers)
+    return {name for base in bases for name in inspect.get_annotations(base)}
+
+
+def _inherited(cls: type) -> set[str]:
+    return {field.name for field in _options(cls)} & _declared(cls, by_transformers=True)
+
+
+def _group_help(cls: type, fields: list[dataclasses.Field], everything: bool) -> str:
+    inherited = set() if everything else _inherited(cls)
+    lines = [(cls.__doc__ or cls.__name__).splitlines()[0]]
+    lines += [help_line(_label(field), _describe(field)) for field in fields if field.name not in inherited]
+    changed = inherited & _declared(cls, by_transformers=False)
+    if changed:
+        defaults = (f"--{field.name} {_default(field)}" for field in fields if field.name in changed)
+        lines.append(help_line("(other defaults)", ", ".join(defaults)))
+    return "\n".join(lines)
+
+
+def _label(field: dataclasses.Field) -> str:
+    return field.name.upper() if field.metadata.get("positional") else f"--{field.name}"
+
+
+def _describe(field: dataclasses.Field) -> str:
+    text = field.metadata.get("help", "")
+    if get_origin(field.type) is Literal:
+        text += f" One of: {', '.join(map(str, get_args(field.type)))}."
+    default = _default(field)
+    if default is dataclasses.MISSING:
+        return text if field.metadata.get("positional") else f"{text} (required)"
+    return text if default in (None, "", []) or default is False else f"{text} (default: {default})"
+
+
+def _default(field: dataclasses.Field) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return getattr(field.default, "value", field.default)
+
+
+def _first_comment(path: Path) -> str:
+    line = path.read_text(encoding="utf-8").partition("\n")[0]
+    return line.removeprefix("#").strip() if line.startswith("#") else ""

@@ -1,0 +1,189 @@
+"""Benchmarks run end to end at tiny sizes and refuse wrong outputs; no time is asserted."""
+
+import json
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from hf_effml import VimConfig, VimForImageClassification
+from hf_effml.scripts import bench_rmeeto, bench_vim
+from hf_effml.utils import benchmark
+from hf_effml.utils.benchmark import (
+    Timing,
+    check_agreement,
+    compare,
+    describe_run,
+    markdown_table,
+    one_line,
+    peak_memory,
+    write_report,
+)
+from hf_effml.vim import modeling_vim, selective_scan
+
+
+def run(program, folder, *options):
+    return program.main(["--quick", "--rounds", "2", "--output_dir", str(folder), *options])
+
+
+def test_bench_vim_writes_table_and_json(tmp_path, capsys):
+    results = run(bench_vim, tmp_path, "--batch_sizes", "1", "2")
+    assert json.loads((tmp_path / "bench_vim.json").read_text()) == results
+    table = (tmp_path / "bench_vim.md").read_text()
+    assert table.strip() in capsys.readouterr().out
+    for name in ("loop with indexing", "loop with unbind", "transformers' Mamba mixer twice", "DeiT-tiny"):
+        assert name in table
+    assert {row["what"] for row in results["scan"]} == {"forward", "forward + backward"}
+    assert [row["tokens"] for row in results["scaling"]] == list(bench_vim.QUICK.lengths)
+    assert {row["batch"] for row in results["model"]} == {1, 2}
+    assert all(row["ms"] > 0 for row in [*results["scan"], *results["scaling"], *results["model"]])
+
+
+def test_bench_vim_refuses_a_wrong_scan(tmp_path, monkeypatch):
+    def wrong(*streams):
+        return tuple(y + 0.01 for y in selective_scan(*streams))
+
+    monkeypatch.setattr("hf_effml.vim.selective_scan", wrong)
+    with pytest.raises(RuntimeError, match="Nothing is reported.*`loop with indexing` and `ours` differ by"):
+        run(bench_vim, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_bench_vim_refuses_a_wrong_model(tmp_path, monkeypatch):
+    def wrong(*streams):
+        return tuple(2 * y for y in selective_scan(*streams))
+
+    monkeypatch.setattr(modeling_vim, "selective_scan", wrong)
+    with pytest.raises(RuntimeError, match="Nothing is reported.*`Vim, ours` differ by"):
+        run(bench_vim, tmp_path, "--batch_sizes", "1")
+
+
+def test_bench_vim_restores_the_scan_and_checks_arguments(tmp_path):
+    before = modeling_vim.selective_scan
+    run(bench_vim, tmp_path, "--batch_sizes", "1", "--dtype", "bfloat16")
+    assert modeling_vim.selective_scan is before
+    with pytest.raises(ValueError, match="at least 1"):
+        run(bench_vim, tmp_path, "--rounds", "0")
+
+
+@pytest.mark.parametrize("divide_output", [True, False])
+def test_the_transformers_stand_in_computes_the_same(divide_output):
+    config = VimConfig(
+        image_size=32, patch_size=8, hidden_size=16, num_hidden_layers=3, num_labels=5, divide_output=divide_output
+    )
+    model = VimForImageClassification(config).eval()
+    pixels = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(bench_vim._with_transformers_mixer(model)(pixels).logits, model(pixels).logits)
+
+
+def test_bench_rmeeto_writes_table_and_json(tmp_path, capsys):
+    results = run(bench_rmeeto, tmp_path, "--batch_sizes", "2", "--r", "0", "3")
+    assert json.loads((tmp_path / "bench_rmeeto.json").read_text()) == results
+    assert (tmp_path / "bench_rmeeto.md").read_text().strip() in capsys.readouterr().out
+    names = {r: [row["merging"] for row in results["models"] if row["r"] == r] for r in (0, 3)}
+    assert names[0] == [bench_rmeeto.OFF, bench_rmeeto.OURS]
+    assert len(names[3]) == 5
+    assert set(results["break_even_r"]) == {"2"}
+
+
+def test_bench_rmeeto_refuses_a_wrong_merge(tmp_path, monkeypatch):
+    from hf_effml.vim import token_reduction
+
+    right = token_reduction.TokenPlan.merge
+
+    def wrong(self, x, size=None, reduce="mean"):
+        merged, total = right(self, x, size, reduce)
+        return merged.flip(1), total
+
+    monkeypatch.setattr(token_reduction.TokenPlan, "merge", wrong)
+    with pytest.raises(RuntimeError, match="`as the official code` and `ours` differ by"):
+        run(bench_rmeeto, tmp_path, "--r", "3")
+    assert not list(tmp_path.iterdir())
+
+
+def test_free_removal_has_the_lengths_of_merging():
+    config = VimConfig(image_size=32, patch_size=8, hidden_size=16, num_hidden_layers=4, num_labels=5)
+    variants = bench_rmeeto._variants(VimForImageClassification(config).eval(), r=3)
+    pixels = torch.randn(1, 3, 32, 32)
+    tokens = {name: model.vim(pixels).last_hidden_state.shape[1] for name, model in variants.items()}
+    off = tokens.pop(bench_rmeeto.OFF)
+    assert set(tokens.values()) == {off - 3}
+
+
+@pytest.mark.parametrize(
+    ("faster", "expected"), [({1: 0.9, 3: 1.1, 5: 1.2}, 3), ({1: 1.1, 3: 0.9, 5: 1.2}, 5), ({1: 1.1, 3: 0.9}, None)]
+)
+def test_break_even(faster, expected):
+    rows = [{"batch": 1, "merging": bench_rmeeto.OURS, "r": r, "faster_than_off": f} for r, f in faster.items()]
+    assert bench_rmeeto._break_even(rows, 1) == expected
+
+
+def test_agreement_looks_into_nested_outputs_and_names_the_tensor():
+    good = [torch.ones(3), (torch.full((2, 2), 100.0),)]
+    check_agreement({"a": good, "b": [torch.ones(3), (torch.full((2, 2), 100.001),)]}, tolerance=1e-4)
+    with pytest.raises(RuntimeError, match=r"tensor 1 of the outputs of `a` and `b` differ by 1.0e-02"):
+        check_agreement({"a": good, "b": [torch.ones(3), (torch.full((2, 2), 101.0),)]}, tolerance=1e-4)
+    with pytest.raises(RuntimeError, match=r"are \(3,\) and \(4,\)"):
+        check_agreement({"a": torch.ones(3), "b": torch.ones(4)}, tolerance=1e-4)
+    with pytest.raises(RuntimeError, match="1 and 2 tensors"):
+        check_agreement({"a": torch.ones(3), "b": [torch.ones(3)] * 2}, tolerance=1e-4)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_agreement_refuses_what_is_not_finite(value):
+    bad = torch.tensor([1.0, value])
+    with pytest.raises(RuntimeError, match="Nothing is reported"):
+        check_agreement({"a": bad, "b": bad.clone()}, tolerance=1e-4)
+
+
+def test_compare_takes_turns_and_restores_threads(monkeypatch):
+    monkeypatch.setattr(benchmark, "_SAMPLE_SECONDS", 0.0)
+    order, before = [], torch.get_num_threads()
+
+    def note(name):
+        order.append((name, torch.get_num_threads()))
+        return torch.ones(1)
+
+    compare({"a": partial(note, "a"), "b": partial(note, "b")}, [["a", "b"]], rounds=3, threads=before + 1)
+    assert [name for name, _ in order[-6:]] == ["a", "b"] * 3
+    assert {threads for _, threads in order} == {before + 1}
+    assert torch.get_num_threads() == before
+
+
+def test_timing_summaries():
+    slow, fast = Timing([4.0, 8.0, 6.0], [1.0, 1.0, 1.0]), Timing([2.0, 2.0, 2.0], [1.0, 1.0, 1.0])
+    assert (slow.median, slow.spread, fast.spread) == (6.0, 2.0, 0.0)
+    assert (slow.speedup(fast), fast.speedup(slow)) == (3.0, pytest.approx(1 / 3))
+    assert Timing([1.0], [1.0]).spread == 0.0
+
+
+def test_peak_memory_counts_what_is_held_at_once():
+    size = 2**18
+
+    def chain():
+        first = torch.ones(size)
+        second = first + 1
+        del first
+        return second + 1
+
+    assert peak_memory(chain) == pytest.approx(8 * size, rel=0.01)
+    layer, x = nn.Linear(64, 64), torch.randn(8, 64)
+    assert peak_memory(lambda: layer(layer(x)).sum().backward()) > peak_memory(lambda: layer(x))
+
+
+def test_report(tmp_path):
+    record = describe_run(seed=3, rounds=5)
+    assert (record["seed"], record["rounds"], record["threads"]) == (3, 5, 1)
+    assert f"torch {torch.__version__.partition('+')[0]}" in one_line(record)
+    rows = [{"what": "a", "cpu_ms": 1.23456}, {"what": "b", "note": None}]
+    table = markdown_table(rows)
+    assert table.splitlines() == [
+        "| what | cpu ms | note |",
+        "| --- | --- | --- |",
+        "| a | 1.235 |  |",
+        "| b |  |  |",
+    ]
+    path = write_report(tmp_path / "new", "bench", {"run": record, "rows": rows}, [table])
+    assert path.read_text() == table + "\n"
+    assert json.loads((tmp_path / "new" / "bench.json").read_text())["rows"] == rows

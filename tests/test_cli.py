@@ -1,0 +1,289 @@
+"""The command line: help without torch, all programs and recipes, wrong use in two lines, one object with --json."""
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from huggingface_hub.errors import StrictDataclassFieldValidationError
+from transformers import TrainingArguments
+
+from hf_effml.cli.main import main
+from hf_effml.cli.parsing import UsageError, parse_arguments, run_script, scripts_folder
+
+
+COMMAND = Path(sys.executable).parent / "hf-effml"
+# Experiments are run by their path only.
+PROGRAMS = sorted(path.stem for path in scripts_folder().glob("[!_]*.py") if not path.stem.startswith("experiment_"))
+RECIPES = sorted((scripts_folder() / "recipes").glob("*.yaml"))
+PER_METHOD = ("train", "evaluate", "bench")
+
+
+def _words(program: str) -> list[str]:
+    """The command that runs a program: `train_rmeeto` is `train rmeeto`, `convert_vim` is `convert`."""
+    verb, _, method = program.partition("_")
+    return [verb, method.replace("_", "-")] if verb in PER_METHOD else [verb]
+
+
+@dataclass
+class Options:
+    """What to do."""
+
+    source: str = field(metadata={"help": "Where from.", "positional": True})
+    mode: Literal["merge", "prune"] = field(default="merge", metadata={"help": "How."})
+    sizes: list[int] = field(default_factory=lambda: [1, 2], metadata={"help": "How many."})
+    ratio: float | None = field(default=0.5, metadata={"help": "How much."})
+    shuffle: bool = field(default=True, metadata={"help": "Whether to shuffle."})
+
+
+@dataclass
+class Arguments(TrainingArguments):
+    """How to train."""
+
+    output_dir: str | None = field(default="out", metadata={"help": "Folder to write."})
+
+
+def _parse(*argv: str, types: tuple[type, ...] = (Options,)) -> tuple:
+    return parse_arguments(*types, argv=list(argv), prog="hf-effml try", description="Tries things.")
+
+
+@pytest.fixture
+def config(tmp_path):
+    def write(text: str) -> list[str]:
+        (tmp_path / "settings.yaml").write_text(text)
+        return ["--config", str(tmp_path / "settings.yaml")]
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "argv", [[], ["--help"], ["--version"], ["methods"], ["methods", "--help"], ["env", "--help"], ["train", "--help"]]
+)
+def test_help_does_not_import_torch(argv):
+    code = (
+        f"import sys; sys.argv = ['hf-effml', *{argv!r}]\n"
+        "from hf_effml.cli.main import main\n"
+        "try: code = main()\n"
+        "except SystemExit as exit: code = exit.code\n"
+        "assert not code and not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    outcome = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert outcome.returncode == 0, outcome.stderr
+    assert outcome.stdout
+
+
+def test_the_console_script_is_installed():
+    outcome = subprocess.run([COMMAND, "--help"], capture_output=True, text=True)
+    assert outcome.returncode == 0 and outcome.stdout.startswith("usage: hf-effml <command>")
+
+
+def test_a_reader_that_leaves_early_is_no_error():
+    process = subprocess.Popen([COMMAND, "methods"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait() == 0
+
+
+def test_overview_lists_what_exists(capsys):
+    assert main([]) == 0
+    text = capsys.readouterr().out
+    for program in PROGRAMS:
+        assert all(word in text for word in _words(program)), program
+    assert "comp-dd" not in text and "dyvm" not in text
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_help_of_every_program_fits_a_screen(program, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "119")
+    with pytest.raises(SystemExit) as end:
+        main([*_words(program), "--help"])
+    text = capsys.readouterr().out
+    assert end.value.code == 0
+    assert text.startswith(f"usage: hf-effml {' '.join(_words(program))} ")
+    assert len(text.splitlines()) <= 60, "more than a screen"
+
+
+@pytest.mark.parametrize("command", PER_METHOD)
+def test_help_of_a_command_describes_its_programs(command, capsys):
+    assert main([command, "--help"]) == 0
+    text = capsys.readouterr().out
+    for program in (program for program in PROGRAMS if program.startswith(command)):
+        description = import_module(f"hf_effml.scripts.{program}").__doc__.splitlines()[0]
+        assert description in " ".join(text.split())
+
+
+def test_inherited_options_are_shown_on_demand(capsys):
+    texts = []
+    for flag in ("--help", "--help-all"):
+        with pytest.raises(SystemExit):
+            _parse(flag, types=(Options, Arguments))
+        texts.append(capsys.readouterr().out)
+    for text in texts:
+        assert "--sizes" in text and "--output_dir" in text and "SOURCE" in text
+    assert "--adam_beta1" not in texts[0] and "--adam_beta1" in texts[1]
+
+
+def test_precedence(config):
+    settings = config("source: a\nmode: prune\nratio: 1e-4\nsizes: [3, 4]\nshuffle: false\n")
+    (options,) = _parse(*settings)
+    assert options == Options("a", "prune", [3, 4], 1e-4, False)
+    (options,) = _parse(*settings, "b", "--mode", "merge", "--sizes", "5", "--shuffle")
+    assert options == Options("b", "merge", [5], 1e-4, True)
+
+
+def test_null_mappings_and_reserved_names_in_a_configuration(config):
+    settings = config("ratio: null\nlr_scheduler_kwargs: {num_cycles: 2}\ndebug: underflow_overflow\n")
+    options, arguments = _parse("a", *settings, types=(Options, Arguments))
+    assert options.ratio is None
+    assert arguments.lr_scheduler_kwargs == {"num_cycles": 2}
+    assert [str(option.value) for option in arguments.debug] == ["underflow_overflow"]
+
+
+def test_hyphens_and_negations():
+    (options,) = _parse("a", "--no_shuffle")
+    assert options.shuffle is False
+    _, arguments = _parse("a", "--output-dir", "b", types=(Options, Arguments))
+    assert arguments.output_dir == "b"
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        ([], "`SOURCE` must be given."),
+        (["a", "--moed", "merge"], "`--moed` is no option; did you mean `--mode`?"),
+        (["a", "--mod", "merge"], "`--mod` is no option; did you mean `--mode`?"),
+        (["a", "b"], "`b` is one argument too many."),
+        (["a", "--mode", "melt"], "invalid choice: 'melt'"),
+        (["a", "--sizes", "few"], "invalid int value: 'few'"),
+        (["a", "--ratio"], "expected one argument"),
+        (["a", "--recipe", "smoke"], "`smoke` is no recipe; there are: none."),
+    ],
+)
+def test_wrong_arguments(argv, message):
+    with pytest.raises(UsageError) as error:
+        _parse(*argv)
+    assert message in str(error.value)
+    assert str(error.value).endswith("\n`hf-effml try --help` shows how to use it.")
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("moed: merge", "`moed` in `settings.yaml` is no option; did you mean `mode`?"),
+        ("- merge", "must map names of options to values; got a list."),
+        ("a: [", "is not valid YAML"),
+        ("mode: melt", "invalid choice: 'melt'"),
+        ("sizes: [few]", "invalid int value: 'few'"),
+    ],
+)
+def test_wrong_configuration(config, text, message):
+    with pytest.raises(UsageError) as error:
+        _parse("a", *config(text))
+    assert message in str(error.value)
+
+
+class _Parsed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_parses(recipe, monkeypatch, tmp_path):
+    prefix, name = re.fullmatch(r"((?:experiment_)?[a-z]+)_(.+)", recipe.stem).groups()
+    assert recipe.read_text().startswith("# "), "the first line says what the recipe is for"
+    program = import_module(f"hf_effml.scripts.{prefix if prefix.startswith('experiment_') else f'train_{prefix}'}")
+
+    def parse_and_stop(*types, **options):
+        raise _Parsed(parse_arguments(*types, **options))
+
+    monkeypatch.setattr(program, "parse_arguments", parse_and_stop)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(_Parsed):
+        program.main(["--recipe", name])
+
+
+@pytest.mark.parametrize(
+    "error, code, line",
+    [
+        (ValueError("`r` must be\n positive; got -1."), 2, "error: `r` must be positive; got -1."),
+        (FileNotFoundError("no such folder"), 2, "error: no such folder"),
+        (ImportError("`timm` is needed here"), 2, "error: `timm` is needed here"),
+        (StrictDataclassFieldValidationError("merge_r", ValueError("-1")), 2, "error: Validation error for field"),
+        (RuntimeError("out of memory"), 1, "error: RuntimeError: out of memory"),
+        (KeyboardInterrupt(), 1, "interrupted"),
+    ],
+)
+def test_errors_end_in_two_lines(error, code, line, capsys):
+    def program(argv):
+        raise error
+
+    assert run_script(program, []) == code
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith(line) and len(lines) <= 2
+    assert run_script(program, ["--json"]) == code
+    assert "error" in json.loads(capsys.readouterr().out)
+
+
+def test_debug_shows_the_traceback(capsys):
+    def program(argv):
+        raise ValueError("wrong")
+
+    assert run_script(program, ["--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_json_is_the_only_output(capsys):
+    def program(argv):
+        print("for people")
+        return {"accuracy": 0.5}
+
+    assert run_script(program, ["--json"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out) == {"accuracy": 0.5}
+    assert captured.err == "for people\n"
+    assert run_script(program, []) == 0
+    assert capsys.readouterr().out == "for people\n"
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["trian"], "`trian` is no command; did you mean `train`?"),
+        (["--quiet"], "`--quiet` is no command."),
+        (["train"], "`hf-effml train` needs a method first: "),
+        (["train", "--recipe", "smoke"], "`hf-effml train` needs a method first: "),
+        (["train", "edf"], "`edf` is not in hf-effml"),
+        (["train", "rmeto"], "did you mean `rmeeto`?"),
+        (["train", "rmeeto", "--merge_rr", "3"], "`--merge_rr` is no option; did you mean `--merge_r`?"),
+        (["train", "rmeeto", "--recipe", "smok"], "`smok` is no recipe; there are: "),
+        (["methods", "magic"], "`magic` is no method"),
+        (["methods", "--all"], "`--all` is no option of `hf-effml methods`."),
+        (["env", "torch"], "`torch` is no option of `hf-effml env`."),
+        (["convert"], "`SOURCE`, `OUT` must be given."),
+        (["convert", "nothing.pth", "out"], "nothing.pth"),
+        (["push", "nothing", "me/model"], "nothing"),
+        (["push", "nothing"], "`REPO` must be given."),
+    ],
+)
+def test_wrong_use_of_commands(argv, message, capsys):
+    assert main(argv) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.out == ""
+    assert 1 <= len(captured.err.splitlines()) <= 2 and "Traceback" not in captured.err
+
+
+def test_methods_as_json(capsys):
+    assert main(["methods", "--json"]) == 0
+    methods = json.loads(capsys.readouterr().out)["methods"]
+    assert [method["key"] for method in methods if method["available"]] == ["rmeeto"]
+    assert len(methods) == 7
+
+
+def test_one_method_with_its_citation(capsys):
+    assert main(["methods", "rmeeto"]) == 0
+    text = capsys.readouterr().out
+    assert "RMeeToTrainer" in text and "eprint = {2412.12496}" in text
