@@ -1,0 +1,98 @@
+"""Comparisons and builders that tests share."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+
+def require_package(name: str) -> ModuleType:
+    """Import an optional package, or skip, also where a broken one raises what `importorskip` lets through."""
+    try:
+        return import_module(name)
+    except Exception as error:
+        pytest.skip(f"{name} is absent or broken ({type(error).__name__}: {error})")
+
+
+def tiny_vim_fields(**overrides: Any) -> dict[str, Any]:
+    """Fields of a Vim with 17 tokens that runs in milliseconds."""
+    return {"image_size": 16, "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4, **overrides}
+
+
+def tiny_vim_config(**overrides: Any) -> Any:
+    """A `VimConfig` of `tiny_vim_fields`."""
+    from hf_effml import VimConfig
+
+    return VimConfig(**tiny_vim_fields(**overrides))
+
+
+def pixels(config: Any, batch: int = 2, seed: int = 0) -> Tensor:
+    """Normalised random images of the size that `config` asks for."""
+    size = config.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, config.num_channels, height, width, generator=generator)
+
+
+def randomized(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Move every parameter away from its initial value, so that equal outputs prove equal weights; evaluation mode."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter.dtype), alpha=0.05)
+    return model.eval()
+
+
+def tensors_of(value: Any, name: str = "output") -> Iterator[tuple[str, Tensor]]:
+    """Every tensor in nested outputs, with a name that says where it was found."""
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            yield from tensors_of(part, f"{name}.{key}")
+    elif isinstance(value, list | tuple):
+        for index, part in enumerate(value):
+            yield from tensors_of(part, f"{name}[{index}]")
+
+
+def assert_close(actual: Any, expected: Any, tolerance: float = 0.0, what: str = "") -> None:
+    """
+    Compare outputs tensor by tensor: equal shapes and types, and a largest difference of at most `tolerance` times
+    `max(1, largest expected value)`. A tolerance of 0 means equal values; NaN never passes.
+    """
+    actual, expected = dict(tensors_of(actual)), dict(tensors_of(expected))
+    assert actual.keys() == expected.keys(), what
+    assert actual, "nothing to compare"
+    for name, wanted in expected.items():
+        given, where = actual[name], f"{what} {name}".strip()
+        assert given.shape == wanted.shape, f"{where}: {tuple(given.shape)} instead of {tuple(wanted.shape)}"
+        assert given.dtype == wanted.dtype, f"{where}: {given.dtype} instead of {wanted.dtype}"
+        if not wanted.numel():
+            continue
+        difference = (given.double() - wanted.double()).abs().max().item()
+        allowed = tolerance * max(1.0, wanted.double().abs().max().item())
+        assert difference <= allowed, f"{where}: differs by {difference:.3g}, allowed {allowed:.3g}"
+
+
+def existing_gradients(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Copies of the gradients by parameter name, of those parameters that have one."""
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def run_python(code: str, *arguments: str | Path, cwd: Path, without_package: bool = False) -> str:
+    """Run code in a fresh interpreter, there with `hf_effml` not importable if asked for; its standard output."""
+    if without_package:
+        code = "import sys\nsys.modules['hf_effml'] = None\n" + code
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    outcome = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+    return outcome.stdout

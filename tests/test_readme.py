@@ -1,0 +1,61 @@
+"""The README's blocks run as written, its commands exist, and its table says what methods.py says."""
+
+import contextlib
+import io
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from hf_effml.cli.main import main
+from hf_effml.methods import METHODS
+
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+PYTHON = [code for language, code in BLOCKS if language == "python"]
+SHELL = [line for language, code in BLOCKS if not language for line in code.splitlines() if line.strip()]
+COMMANDS = [line for line in SHELL if line.startswith("hf-effml ")]
+
+
+@pytest.mark.parametrize("code", PYTHON, ids=range(len(PYTHON)))
+def test_python_blocks_run(code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {})
+
+
+def test_setup_commands():
+    setup = ['pip install -e ".[demo]" && hf-effml demo', 'pip install -e ".[dev]" && pytest']
+    assert [line for line in SHELL if line not in COMMANDS] == setup
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_commands_and_their_options_exist(line):
+    words = shlex.split(line)[1:]
+    program = words[:2] if words[0] in ("train", "evaluate", "bench") else words[:1]
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), pytest.raises(SystemExit) as end:
+        main([*program, "--help-all"])
+    assert end.value.code == 0
+    for option in (word for word in words if word.startswith("--")):
+        assert re.search(rf"(?<!\S){option}\b", output.getvalue()), option
+
+
+def test_commands_it_lists_are_all_there_are(capsys):
+    main([])
+    listed = re.search(r"lists the commands: (.*)\.", README).group(1)
+    assert re.findall(r"^  (\w+)", capsys.readouterr().out, flags=re.MULTILINE) == re.findall(r"`(\w+)`", listed)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.key)
+def test_table_is_honest(method):
+    row = next(line for line in README.splitlines() if line.startswith(f"| [{method.name}]({method.url})"))
+    assert ("not in this version yet" in row) != method.available
+    assert all(f"`{name}`" in row for name in method.classes)
+    assert (f"`hf-effml train {method.key}`" in row) == method.available
+
+
+def test_citations_are_those_of_the_methods():
+    for citation in (code for language, code in BLOCKS if language == "bibtex"):
+        assert citation.strip() in [method.citation for method in METHODS]
