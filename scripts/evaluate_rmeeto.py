@@ -53,11 +53,9 @@ class Measurement:
 def main(argv: list[str] | None = None) -> dict[str, object]:
     """Runs the program with the arguments `argv` (the command line's when None) and returns its results."""
     (args,) = parse_arguments(EvaluateArguments, argv=argv, prog="hf-effml evaluate rmeeto", description=__doc__)
-    from transformers import AutoImageProcessor
+    from hf_effml import load_image_data, load_image_processor
 
-    from hf_effml import load_image_data
-
-    data = load_image_data(args.data, AutoImageProcessor.from_pretrained(args.model))
+    data = load_image_data(args.data, load_image_processor(args.model))
     models = {name: model.to(args.device).eval() for name, model in _variants(args).items()}
     measurements = measure(models, data.test, args.batch_size, args.rounds)
     print_table(measurements)

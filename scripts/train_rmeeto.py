@@ -17,6 +17,7 @@ from hf_effml import (
     RMeeToVimForImageClassification,
     VimForImageClassification,
     load_image_data,
+    load_image_processor,
     token_merging,
 )
 from hf_effml.cli.parsing import parse_arguments, run_script
@@ -81,13 +82,13 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
         description=__doc__,
         recipe_prefix="rmeeto",
     )
-    from transformers import AutoImageProcessor, set_seed
+    from transformers import set_seed
 
     if not merging.merge_r and merging.merge_target_ratio is None:
         raise ValueError("Say how much to merge: `--merge_r 5`, or `--merge_target_ratio 0.3`.")
     start = script.model_name_or_path or _trained_start(script, args.output_dir)
     set_seed(args.seed)
-    processor = AutoImageProcessor.from_pretrained(start)
+    processor = load_image_processor(start)
     data = load_image_data(script.data, processor, augmentation, seed=args.seed)
     collator = augmentation.collator(len(data.labels), args.label_smoothing_factor)
     if collator is not None:

@@ -14,6 +14,7 @@ from hf_effml import (
     VimTrainer,
     VimTrainingArguments,
     load_image_data,
+    load_image_processor,
     vim_image_processor,
 )
 from hf_effml.cli.parsing import parse_arguments, run_script
@@ -51,14 +52,14 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
         description=__doc__,
         recipe_prefix="vim",
     )
-    from transformers import AutoImageProcessor, set_seed
+    from transformers import set_seed
 
     set_seed(args.seed)
     source = script.model_name_or_path
     if source is None:
         processor = vim_image_processor(script.image_size, script.crop_share)
     else:
-        processor = AutoImageProcessor.from_pretrained(source)
+        processor = load_image_processor(source)
     data = load_image_data(script.data, processor, augmentation, seed=args.seed)
     collator = augmentation.collator(len(data.labels), args.label_smoothing_factor)
     if collator is not None:

@@ -1,7 +1,7 @@
 """One trainer per method."""
 
 from hf_effml.utils.augmentation import Augmentation, MixupCollator
-from hf_effml.utils.image_data import ImageData, load_image_data
+from hf_effml.utils.image_data import ImageData, load_image_data, load_image_processor
 
 from .rmeeto import MergeWarmupCallback, RMeeToTrainer, RMeeToTrainingArguments, distillation_loss
 from .vim import VimTrainer, VimTrainingArguments
@@ -18,4 +18,5 @@ __all__ = [
     "VimTrainingArguments",
     "distillation_loss",
     "load_image_data",
+    "load_image_processor",
 ]

@@ -139,6 +139,25 @@ class ImageData:
         return {"id2label": dict(enumerate(self.labels)), "label2id": {name: i for i, name in enumerate(self.labels)}}
 
 
+def load_image_processor(name_or_path: str) -> Any:
+    """
+    Load the image processor that lies beside a model, also where an older Transformers misses torchvision.
+
+    Args:
+        name_or_path (`str`): Folder or Hub id of a model.
+
+    Returns:
+        `BaseImageProcessor`: what `AutoImageProcessor` finds.
+
+    Raises:
+        OSError: If there is no model or no image processor in it.
+    """
+    # `transformers.AutoImageProcessor` of 5.17 demands torchvision, which most processors do without.
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+    return AutoImageProcessor.from_pretrained(name_or_path)
+
+
 def load_image_data(
     name_or_path: str, processor: Any, augmentation: Augmentation | None = None, seed: int = 0
 ) -> ImageData:
@@ -150,7 +169,7 @@ def load_image_data(
             both with splits named `train` and `validation` or `test`; the path of such a folder below the one that
             the environment variable `HF_EFFML_DATA` names; or the id of a data set on the Hub.
         processor (`BaseImageProcessor`):
-            Makes pixels of an image: [`vim_image_processor`], or what `AutoImageProcessor` finds beside a model.
+            Makes pixels of an image: [`vim_image_processor`] or [`load_image_processor`].
         augmentation (`Augmentation`, *optional*):
             How training images are changed.
         seed (`int`, *optional*, defaults to 0):

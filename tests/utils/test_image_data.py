@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor
 
 from helpers import require_package, run_python
-from hf_effml import Augmentation, load_image_data, vim_image_processor
+from hf_effml import Augmentation, load_image_data, load_image_processor, vim_image_processor
 from hf_effml.utils import image_data
 from hf_effml.utils.image_data import DATA_VARIABLE, ImageSplit
 
@@ -88,7 +87,7 @@ def test_what_is_missing_is_said(tmp_path, monkeypatch):
 def test_rows_equal_the_saved_processors_result(tmp_path):
     processor = vim_image_processor(8, crop_share=0.8)
     processor.save_pretrained(tmp_path)
-    loaded, row = AutoImageProcessor.from_pretrained(tmp_path), pictures()[2]
+    loaded, row = load_image_processor(tmp_path), pictures()[2]
     expected = loaded(row["image"], return_tensors="pt")["pixel_values"][0]
     split = ImageSplit(pictures(), processor)
     for _ in range(2):  # the second time from the cache

@@ -459,19 +459,6 @@ def test_autocast():
     assert all(gradient.isfinite().all() for gradient in existing_gradients(model).values())
 
 
-def test_distributed_training_uses_every_parameter(tmp_path):
-    """The official code needs `find_unused_parameters` (3.3, item 14)."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        model = build(merge_r=4).train()
-        wrapped = nn.parallel.DistributedDataParallel(model)
-        for _ in range(2):
-            wrapped(pixels(model.config), labels=torch.tensor([0, 1])).loss.backward()
-    finally:
-        torch.distributed.destroy_process_group()
-    assert existing_gradients(model).keys() == dict(model.named_parameters()).keys()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "fields", [{}, {"merge_class_position": "exact"}, {"merge_matching": "local", "merge_mode": "prune"}], ids=str
