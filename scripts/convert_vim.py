@@ -1,4 +1,4 @@
-"""Converts an official Vision Mamba checkpoint to a folder for `from_pretrained`.
+"""Converts an official Vision Mamba checkpoint (Vim, R-MeeTo, DyVM) to a folder for `from_pretrained`.
 
 Example: `hf-effml convert vim_t_midclstok_76p1acc.pth vim-tiny`
 """
@@ -21,6 +21,14 @@ class ConvertArguments:
     trained_image_size: int = field(default=224, metadata={"help": "Side in pixels that the file was trained for."})
     image_size: int | None = field(default=None, metadata={"help": "Side wanted, if another: interpolates positions."})
     patch_stride: int | None = field(default=None, metadata={"help": "Patch stride wanted, if another."})
+    token_keep_ratio: float | None = field(
+        default=None,
+        metadata={"help": "Share of the tokens that a stage of a DyVM keeps; its weights do not show it."},
+    )
+    block_keep_ratio: float | None = field(default=None, metadata={"help": "Share of the scans that a DyVM aims at."})
+    pruning_layers: list[int] | None = field(
+        default=None, metadata={"help": "Blocks before which a DyVM drops tokens; evenly spaced by default."}
+    )
     id2label: str | None = field(default=None, metadata={"help": "JSON file: index of a class -> its name."})
 
 
@@ -30,6 +38,7 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
     names = json.loads(Path(args.id2label).read_text(encoding="utf-8")) if args.id2label else None
     from hf_effml.vim.convert_vim import convert_vim_checkpoint
 
+    chosen = {name: getattr(args, name) for name in ("token_keep_ratio", "block_keep_ratio", "pruning_layers")}
     model = convert_vim_checkpoint(
         args.source,
         args.out,
@@ -38,6 +47,7 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
         image_size=args.image_size,
         patch_stride=args.patch_stride,
         id2label={int(index): name for index, name in names.items()} if names else None,
+        **{name: value for name, value in chosen.items() if value is not None},
     )
     parameters = model.num_parameters()
     print(f"Wrote {args.out} ({parameters:,} parameters). To load it:")

@@ -2,11 +2,14 @@
 
 from transformers import AutoBackbone, AutoConfig, AutoModel, AutoModelForImageClassification
 
+from .backbone_dyvm import DyVMBackbone
 from .backbone_vim import VimBackbone
 from .complexity import count_multiply_adds
+from .configuration_dyvm import DyVMConfig
 from .configuration_rmeeto import RMeeToVimConfig, merge_schedule, reduction_ratio
 from .configuration_vim import VimConfig
 from .convert_vim import convert_vim_checkpoint, vim_image_processor
+from .modeling_dyvm import DyVMForImageClassification, DyVMModel
 from .modeling_rmeeto import (
     RMeeToVimForImageClassification,
     RMeeToVimModel,
@@ -17,13 +20,14 @@ from .modeling_rmeeto import (
 from .modeling_vim import VimForImageClassification, VimModel
 from .selective_scan import ScanStream, selective_scan, selective_scan_reference
 from .token_reduction import MergeInfo, TokenPlan, bipartite_plan, compose, local_plan, random_plan
-from .visualize import visualize_merge
+from .visualize import visualize_merge, visualize_selection
 from .vit_merging import vit_merge_info
 
 
 for _config, _model, _classifier in (
     (VimConfig, VimModel, VimForImageClassification),
     (RMeeToVimConfig, RMeeToVimModel, RMeeToVimForImageClassification),
+    (DyVMConfig, DyVMModel, DyVMForImageClassification),
 ):
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
     AutoModel.register(_config, _model, exist_ok=True)
@@ -32,10 +36,15 @@ for _config, _model, _classifier in (
     _config.register_for_auto_class()
     _model.register_for_auto_class("AutoModel")
     _classifier.register_for_auto_class("AutoModelForImageClassification")
-AutoBackbone.register(VimConfig, VimBackbone, exist_ok=True)
-VimBackbone.register_for_auto_class("AutoBackbone")
+for _config, _backbone in ((VimConfig, VimBackbone), (DyVMConfig, DyVMBackbone)):
+    AutoBackbone.register(_config, _backbone, exist_ok=True)
+    _backbone.register_for_auto_class("AutoBackbone")
 
 __all__ = [
+    "DyVMBackbone",
+    "DyVMConfig",
+    "DyVMForImageClassification",
+    "DyVMModel",
     "MergeInfo",
     "RMeeToVimConfig",
     "RMeeToVimForImageClassification",
@@ -61,5 +70,6 @@ __all__ = [
     "token_merging",
     "vim_image_processor",
     "visualize_merge",
+    "visualize_selection",
     "vit_merge_info",
 ]

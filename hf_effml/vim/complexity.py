@@ -1,10 +1,15 @@
-"""Multiply-adds of a Vim, with and without merged tokens: all the work, and as the R-MeeTo paper counts."""
+"""Multiply-adds of a Vim, of merged tokens and of skipped scans: all the work, and as the papers count."""
 
+from typing import TypeGuard
+
+from .configuration_dyvm import DyVMConfig
 from .configuration_rmeeto import RMeeToVimConfig, merge_schedule, merging_blocks
 from .configuration_vim import VimConfig
 
 
-def count_multiply_adds(config: VimConfig, tokens_per_layer: list[int] | None = None) -> dict[str, int]:
+def count_multiply_adds(
+    config: VimConfig, tokens_per_layer: list[int] | None = None, block_keep_ratio: float = 1.0
+) -> dict[str, int]:
     """
     Multiply-adds of one image.
 
@@ -12,15 +17,18 @@ def count_multiply_adds(config: VimConfig, tokens_per_layer: list[int] | None = 
     activations count nothing.
 
     Args:
-        config ([`VimConfig`] or [`RMeeToVimConfig`]): The model.
+        config ([`VimConfig`], [`RMeeToVimConfig`] or [`DyVMConfig`]): The model.
         tokens_per_layer (`list[int]`, *optional*):
-            Tokens inside every block; [`merge_schedule`] of `config` by default.
+            Tokens inside every block; [`tokens_per_block`] of `config` by default.
+        block_keep_ratio (`float`, *optional*, defaults to 1.0):
+            Share of the scans that run, as measured: `outputs.block_keep_ratio` of a DyVM.
 
     Returns:
         `dict[str, int]`: `embedding`, `projections`, `convolutions` and `scan` (both directions), `head`, `matching`
-        (finding the tokens to merge) and their sum `total`. Beside them the paper's own numbers, comparable with its
-        tables only: `paper_layers` leaves one direction and all matching out (its baselines), `paper_total` adds
-        matching, at 2 per multiply-add and also for `merge_r=0` (its merged models).
+        (finding the tokens to merge), `predictors` and `gates` (of a DyVM) and their sum `total`. Beside them the
+        papers' own numbers, comparable with their tables only: `paper_layers` leaves one direction and all matching
+        out (the baselines of R-MeeTo), `paper_total` adds matching, at 2 per multiply-add and also for `merge_r=0`
+        (its merged models), `paper_dyvm` is as DyVM counts, with one direction and the predictors.
 
     Example:
 
@@ -33,14 +41,14 @@ def count_multiply_adds(config: VimConfig, tokens_per_layer: list[int] | None = 
 
     ```
     """
-    lengths = merge_schedule(config) if tokens_per_layer is None else tokens_per_layer
+    lengths = tokens_per_block(config) if tokens_per_layer is None else tokens_per_layer
     width, inner, states = config.hidden_size, config.intermediate_size, config.state_size
     rank = int(config.time_step_rank)
     tokens = sum(lengths)
     ends = tokens * width * 3 * inner
-    selection = tokens * inner * (2 * rank + 2 * states)
-    convolution = tokens * inner * config.conv_kernel
-    scan = tokens * inner * (9 * states + 2)
+    selection = round(tokens * inner * (2 * rank + 2 * states) * block_keep_ratio)
+    convolution = round(tokens * inner * config.conv_kernel * block_keep_ratio)
+    scan = round(tokens * inner * (9 * states + 2) * block_keep_ratio)
     patch = config.num_channels * config.patch_size**2 * width
     count = {
         "embedding": config.num_patches * patch,
@@ -49,14 +57,39 @@ def count_multiply_adds(config: VimConfig, tokens_per_layer: list[int] | None = 
         "scan": 2 * scan,
         "head": width * config.num_labels,
         "matching": _matching(config, lengths),
+        "predictors": _predictors(config, lengths),
+        "gates": _gates(config),
     }
     count["total"] = sum(count.values())
-    # The paper pads the convolution at both ends and projects the class token like a patch.
-    padding = len(lengths) * inner * config.conv_kernel * (config.conv_kernel - 1)
-    embedding = (config.num_patches + config.num_class_tokens) * patch
-    count["paper_layers"] = ends + selection + convolution + scan + padding + embedding + count["head"]
+    # The papers pad the convolution at both ends, and that of R-MeeTo projects the class token like a patch.
+    padding = round(len(lengths) * inner * config.conv_kernel * (config.conv_kernel - 1) * block_keep_ratio)
+    one_direction = ends + selection + convolution + scan + padding + count["head"]
+    count["paper_layers"] = one_direction + (config.num_patches + config.num_class_tokens) * patch
     count["paper_total"] = count["paper_layers"] + _paper_matching(config, lengths)
+    count["paper_dyvm"] = one_direction + count["embedding"] + count["predictors"]
     return count
+
+
+def tokens_per_block(config: VimConfig, num_patches: int | None = None) -> list[int]:
+    """
+    Number of tokens inside every block, class tokens included.
+
+    Args:
+        config ([`VimConfig`], [`RMeeToVimConfig`] or [`DyVMConfig`]): The model.
+        num_patches (`int`, *optional*): Patches of the image; those of `config` by default.
+
+    Returns:
+        `list[int]`: One number per block.
+    """
+    patches = num_patches or config.num_patches
+    if not _is_dynamic(config) or not config.enable_token_pruning:
+        return merge_schedule(config, patches + config.num_class_tokens)
+    kept = dict(zip(config.pruning_layers or [], config.tokens_kept(patches), strict=True))
+    lengths = []
+    for block in range(config.num_hidden_layers):
+        patches = kept.get(block, patches)
+        lengths.append(patches + config.num_class_tokens)
+    return lengths
 
 
 def _metric_width(config: RMeeToVimConfig) -> int:
@@ -75,6 +108,25 @@ def _matching(config: VimConfig, lengths: list[int]) -> int:
     return total
 
 
+def _is_dynamic(config: VimConfig) -> TypeGuard[DyVMConfig]:
+    return config.model_type == DyVMConfig.model_type
+
+
+def _gates(config: VimConfig) -> int:
+    if not _is_dynamic(config) or not config.enable_block_selection:
+        return 0
+    return config.num_hidden_layers * 2 * 2 * config.intermediate_size
+
+
+def _predictors(config: VimConfig, lengths: list[int]) -> int:
+    if not _is_dynamic(config) or not config.enable_token_pruning or config.token_selection != "learned":
+        return 0
+    half, quarter = config.hidden_size // 2, config.hidden_size // 4
+    per_token = config.hidden_size * (config.hidden_size + half) + half * quarter + 2 * quarter
+    scored = [lengths[block - 1] - config.num_class_tokens for block in config.pruning_layers or []]
+    return sum(scored) * per_token
+
+
 def _paper_matching(config: VimConfig, lengths: list[int]) -> int:
     total = 0
     for block in merging_blocks(config):
@@ -83,4 +135,4 @@ def _paper_matching(config: VimConfig, lengths: list[int]) -> int:
     return total
 
 
-__all__ = ["count_multiply_adds"]
+__all__ = ["count_multiply_adds", "tokens_per_block"]

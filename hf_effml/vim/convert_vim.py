@@ -1,4 +1,4 @@
-"""Official Vim and R-MeeTo checkpoints (`.pth` or safetensors, official keys) to folders for `from_pretrained`."""
+"""Official Vim, R-MeeTo and DyVM checkpoints (`.pth` or safetensors) to folders for `from_pretrained`."""
 
 import argparse
 import math
@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers.utils import logging
 
+from .configuration_dyvm import DyVMConfig
 from .configuration_vim import VimConfig
+from .modeling_dyvm import DyVMForImageClassification
 from .modeling_vim import VimForImageClassification, interpolate_positions
 
 
@@ -18,8 +21,12 @@ if TYPE_CHECKING:
     from transformers import BitImageProcessor
 
 
+logger = logging.get_logger(__name__)
+
 _IMAGENET_MEAN, _IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 _BICUBIC = 3
+# Width -> token and block keep ratio of the scripts that made the released DyVM weights.
+_DYVM_RATIOS = {192: (0.9, 0.8), 384: (0.7, 0.8), 768: (0.7, 0.7)}
 
 
 def vim_image_processor(image_size: int = 224, crop_share: float = 0.875) -> "BitImageProcessor":
@@ -105,10 +112,11 @@ def detect_vim_config(state: dict[str, Tensor], image_size: int = 224, **overrid
     Args:
         state (`dict[str, Tensor]`): State dict with official keys.
         image_size (`int`, *optional*, defaults to 224): Side in pixels that the position table is for.
-        overrides: Fields of [`VimConfig`] that weights do not show, as `divide_output` or `cls_token_position="head"`.
+        overrides: Fields of [`VimConfig`] that weights do not show, as `divide_output` or
+            `cls_token_position="head"`; for a DyVM also those of [`DyVMConfig`], as `token_keep_ratio`.
 
     Returns:
-        [`VimConfig`]
+        [`VimConfig`], or [`DyVMConfig`] where there are token predictors or gates.
 
     Raises:
         ValueError: If keys are missing, or no patch stride fits the position table at `image_size`.
@@ -148,7 +156,29 @@ def detect_vim_config(state: dict[str, Tensor], image_size: int = 224, **overrid
     if "pos_embed" in state:
         patches = state["pos_embed"].shape[1] - {"none": 0, "double": 2}.get(position, 1)
         fields["patch_stride"] = _detect_stride(patches, image_size, patch_size)
-    return VimConfig(**{**fields, **overrides})
+    dyvm_fields = _detect_dyvm(state, fields["num_hidden_layers"])
+    if not dyvm_fields:
+        return VimConfig(**{**fields, **overrides})
+    ratios = dict(zip(("token_keep_ratio", "block_keep_ratio"), _DYVM_RATIOS.get(width, (0.7, 0.8)), strict=True))
+    assumed = {name: ratio for name, ratio in ratios.items() if name not in overrides}
+    if assumed:
+        logger.warning(
+            f"The weights of a DyVM do not show how much it keeps; taking {assumed}. Pass them to change it."
+        )
+    return DyVMConfig(**{**fields, **dyvm_fields, **assumed, **overrides})
+
+
+def _detect_dyvm(state: dict[str, Tensor], depth: int) -> dict[str, Any]:
+    """The fields of a DyVM that its weights show; nothing for a plain Vim."""
+    stages = len({key.split(".")[1] for key in state if key.startswith("score_predictors.")})
+    gates = "layers.0.mixer.block_head.weight" in state
+    if not stages and not gates:
+        return {}
+    return {
+        "enable_token_pruning": stages > 0,
+        "enable_block_selection": gates,
+        "pruning_layers": [depth * (stage + 1) // (stages + 1) for stage in range(stages)],
+    }
 
 
 def _detect_stride(patches: int, image_size: int, patch_size: int) -> int:
@@ -185,7 +215,8 @@ def convert_vim_checkpoint(
         overrides: See [`detect_vim_config`].
 
     Returns:
-        [`VimForImageClassification`]: The converted model, also saved in `output_dir`.
+        [`VimForImageClassification`] or [`DyVMForImageClassification`]: The converted model, also saved in
+        `output_dir`.
 
     Raises:
         ValueError: If keys are missing or unexpected (they are listed), or sizes do not fit.
@@ -201,8 +232,9 @@ def convert_vim_checkpoint(
     state = read_official_checkpoint(source, use_ema)
     old = detect_vim_config(state, trained_image_size, **overrides)
     wanted = {"image_size": image_size or old.image_size, "patch_stride": patch_stride or old.patch_stride}
-    config = VimConfig.from_dict({**old.to_dict(), **wanted, **({"id2label": id2label} if id2label else {})})
-    model = VimForImageClassification(config)
+    config = type(old).from_dict({**old.to_dict(), **wanted, **({"id2label": id2label} if id2label else {})})
+    dynamic = config.model_type == DyVMConfig.model_type
+    model = DyVMForImageClassification(config) if dynamic else VimForImageClassification(config)
     if "pos_embed" in state:
         indices = model.vim._cls_indices(old.num_patches)
         state["pos_embed"] = interpolate_positions(state["pos_embed"], indices, old.grid_size, config.grid_size)

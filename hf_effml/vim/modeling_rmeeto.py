@@ -390,6 +390,11 @@ def _vim_models(model: nn.Module) -> list[VimModel]:
 
 def _merging_config(config: VimConfig, merge_fields: dict[str, Any]) -> RMeeToVimConfig:
     """`config` with merging; what `merge_fields` leaves open stays as in `config`, or at its default."""
+    if config.model_type == "dyvm":
+        raise TypeError(
+            "A DyVM drops tokens itself and cannot merge them as well. Merge in the plain Vim that it was made from, "
+            "or keep fewer tokens with its `set_token_keep_ratio`."
+        )
     known = {field.name for field in fields(RMeeToVimConfig) if field.name.startswith("merge_")}
     unknown = sorted(set(merge_fields) - known)
     if unknown:

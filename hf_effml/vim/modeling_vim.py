@@ -216,6 +216,13 @@ class VimMixer(nn.Module):
             `tuple[Tensor, Tensor | None]`: The output `(batch, tokens, hidden_size)` and the feature, if asked for.
         """
         u, z = self.in_proj(hidden_states).chunk(2, dim=-1)
+        y, streams = self._scan(u, token_mask, direction_gates)
+        return self._output(y, z), self._feature(streams, feature)
+
+    def _scan(
+        self, u: Tensor, token_mask: Tensor | None, direction_gates: Tensor | None
+    ) -> tuple[Tensor, list[ScanStream]]:
+        """Both directions of all images: the sum of their outputs, and what was scanned."""
         if token_mask is not None:
             token_mask = token_mask.unsqueeze(-1).to(u.dtype)
             u = u * token_mask
@@ -224,12 +231,14 @@ class VimMixer(nn.Module):
         if direction_gates is not None:
             gates = direction_gates.to(u.dtype).unsqueeze(-1).unsqueeze(-1)
             forward_y, backward_y = forward_y * gates[:, 0], backward_y * gates[:, 1]
-        output = self.out_proj((forward_y + backward_y) * F.silu(z))
+        return forward_y + backward_y, streams
+
+    def _output(self, y: Tensor, z: Tensor) -> Tensor:
+        """Gate the sum of the directions and project it back."""
+        output = self.out_proj(y * F.silu(z))
         if self.divide_output:
             output = output * 0.5
-        if self.gamma is not None:
-            output = output * self.gamma
-        return output, self._feature(streams, feature)
+        return output if self.gamma is None else output * self.gamma
 
     def _stream(self, u: Tensor, suffix: str, token_mask: Tensor | None) -> ScanStream:
         """Convolution and selection of one direction, in sequence order; only the scan itself runs backwards."""
@@ -252,10 +261,12 @@ class VimMixer(nn.Module):
 class VimBlock(GradientCheckpointingLayer):
     """One block on the plain residual stream: `x + drop_path(mixer(norm(x)))`."""
 
+    mixer_class: type[VimMixer] = VimMixer
+
     def __init__(self, config: VimConfig, drop_path_rate: float):
         super().__init__()
         self.norm = VimRMSNorm(config.hidden_size, config.layer_norm_eps)
-        self.mixer = VimMixer(config)
+        self.mixer = self.mixer_class(config)
         self.drop_path_rate = drop_path_rate
 
     def forward(
@@ -280,8 +291,10 @@ class VimBlock(GradientCheckpointingLayer):
         selection = None if feature == "hidden" else feature
         mixed, value = self.mixer(self.norm(hidden_states), token_mask, direction_gates, selection)
         mixed = mixed.to(hidden_states.dtype)
-        hidden_states = hidden_states + _drop_path(mixed, self.drop_path_rate, self.training)
-        return hidden_states, mixed if feature == "hidden" else value
+        return self._add(hidden_states, mixed), mixed if feature == "hidden" else value
+
+    def _add(self, hidden_states: Tensor, mixed: Tensor) -> Tensor:
+        return hidden_states + _drop_path(mixed.to(hidden_states.dtype), self.drop_path_rate, self.training)
 
 
 class VimPreTrainedModel(PreTrainedModel):
@@ -358,6 +371,8 @@ class VimPreTrainedModel(PreTrainedModel):
 class VimEncoder(VimPreTrainedModel):
     """Embeddings and blocks, shared by [`VimModel`] and [`VimBackbone`]."""
 
+    block_class: type[VimBlock] = VimBlock
+
     def __init__(self, config: VimConfig):
         super().__init__(config)
         width = config.hidden_size
@@ -372,7 +387,7 @@ class VimEncoder(VimPreTrainedModel):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         depth = config.num_hidden_layers
         rates = [config.drop_path_rate * i / max(depth - 1, 1) for i in range(depth - 1)] + [config.drop_path_rate]
-        self.layers = nn.ModuleList(VimBlock(config, rate) for rate in rates)
+        self.layers = nn.ModuleList(self.block_class(config, rate) for rate in rates)
 
     def get_input_embeddings(self) -> nn.Module:
         """The patch projection."""
@@ -536,9 +551,11 @@ class VimForImageClassification(VimPreTrainedModel):
     ```
     """
 
+    model_class: type[VimModel] = VimModel
+
     def __init__(self, config: VimConfig):
         super().__init__(config)
-        self.vim = VimModel(config)
+        self.vim = self.model_class(config)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels) if config.num_labels else nn.Identity()
         self.post_init()
 

@@ -79,7 +79,7 @@ class TokenPlan:
         if self.removed.shape[1] == 0:
             return x, size
         if self.pruned:
-            return _take_rows(x, self.keep), size.squeeze(2).gather(1, self.keep).unsqueeze(2)
+            return take_rows(x, self.keep), size.squeeze(2).gather(1, self.keep).unsqueeze(2)
         if reduce not in ("mean", "average", "amax", "amin"):
             raise ValueError(f'`reduce` must be "mean", "average", "amax" or "amin"; got {reduce!r}.')
         combine = self._mean if reduce in ("mean", "average") else self._extreme
@@ -104,7 +104,7 @@ class TokenPlan:
         total = size.gather(1, self.keep).scatter_reduce(1, self.target, size.gather(1, self.removed), reduce)
         x = x * size.unsqueeze(2).to(x.dtype)
         index = self.target.unsqueeze(2).expand(-1, -1, x.shape[2])
-        out = _take_rows(x, self.keep).scatter_reduce(1, index, _take_rows(x, self.removed), reduce)
+        out = take_rows(x, self.keep).scatter_reduce(1, index, take_rows(x, self.removed), reduce)
         return out / total.unsqueeze(2).to(x.dtype), total
 
     def unmerge(self, y: Tensor) -> Tensor:
@@ -119,8 +119,8 @@ class TokenPlan:
         """
         slot = self.slot
         if not self.pruned:
-            return _take_rows(y, slot)
-        return _take_rows(y, slot.clamp(min=0)).masked_fill(slot.unsqueeze(2) < 0, 0)
+            return take_rows(y, slot)
+        return take_rows(y, slot.clamp(min=0)).masked_fill(slot.unsqueeze(2) < 0, 0)
 
 
 @dataclass
@@ -215,7 +215,7 @@ def bipartite_plan(
 
     def best(chosen: Tensor) -> Tensor:
         # A CPU finds maxima many times faster than their positions, which only the r chosen rows need.
-        return _take_rows(scores, chosen).argmax(dim=-1)
+        return take_rows(scores, chosen).argmax(dim=-1)
 
     return split.plan(scores.amax(dim=-1), best, keep_order, class_position, prune)
 
@@ -356,7 +356,7 @@ class _Split(NamedTuple):
     def unit_rows(self, x: Tensor) -> Tensor:
         """The free rows as unit vectors, at the price of one copy: fresh memory costs a CPU more than the division."""
         if isinstance(self.protected, Tensor):
-            rows = _take_rows(x, self.free)
+            rows = take_rows(x, self.free)
         elif not self.protected or self.batch == 0:
             rows = x[:, : self.free.shape[1]].clone()
         else:
@@ -456,7 +456,7 @@ def _row_numbers(index: Tensor, rows: int) -> Tensor:
     return (index + torch.arange(0, batch * rows, rows, device=index.device).unsqueeze(1)).view(-1)
 
 
-def _take_rows(x: Tensor, index: Tensor) -> Tensor:
+def take_rows(x: Tensor, index: Tensor) -> Tensor:
     """`x[b, index[b]]` for every sample; copying whole rows is many times faster than `gather` on a CPU."""
     rows = x.flatten(0, 1).index_select(0, _row_numbers(index, x.shape[1]))
     return rows.view(*index.shape, rows.shape[1])

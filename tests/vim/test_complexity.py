@@ -8,8 +8,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from helpers import pixels
-from hf_effml import VimConfig
-from hf_effml.vim.complexity import count_multiply_adds
+from hf_effml import DyVMConfig, VimConfig
+from hf_effml.vim.complexity import count_multiply_adds, tokens_per_block
 from hf_effml.vim.configuration_rmeeto import RMeeToVimConfig, merge_schedule, merging_blocks
 from hf_effml.vim.modeling_rmeeto import RMeeToVimForImageClassification
 
@@ -83,3 +83,35 @@ def test_matching(matching, pairs):
     config = RMeeToVimConfig(num_hidden_layers=3, merge_r=11, merge_matching=matching)
     assert count_multiply_adds(config)["matching"] == pairs * 192
     assert count_multiply_adds(RMeeToVimConfig(num_hidden_layers=3))["matching"] == 0
+
+
+@pytest.mark.parametrize(
+    "width, tokens, scans, giga",
+    [
+        (192, None, 1.0, 1.449),
+        (384, None, 1.0, 5.0766),
+        (768, None, 1.0, 18.8678),
+        (192, 0.9, 0.8, 1.2148),
+        (384, 0.7, 0.8, 3.2394),
+        (384, 0.7, 1.0, 3.3454),
+        (768, 0.7, 0.7, 12.0416),
+    ],
+)
+def test_numbers_of_dyvm(width, tokens, scans, giga):
+    """Those of the official counter; without tokens the plain Vim."""
+    fields = {"hidden_size": width, "num_labels": 1000}
+    config = VimConfig(**fields) if tokens is None else DyVMConfig(**fields, token_keep_ratio=tokens)
+    assert count_multiply_adds(config, block_keep_ratio=scans)["paper_dyvm"] / 1e9 == pytest.approx(giga, abs=5e-5)
+
+
+def test_dyvm_counts_what_it_adds_and_saves():
+    config = DyVMConfig(token_keep_ratio=0.7)
+    lengths = tokens_per_block(config)
+    assert lengths == [197] * 6 + [138] * 6 + [97] * 6 + [68] * 6
+    everything, fewer = count_multiply_adds(config), count_multiply_adds(config, block_keep_ratio=0.5)
+    assert fewer["scan"] == everything["scan"] / 2 and fewer["convolutions"] == everything["convolutions"] / 2
+    assert fewer["gates"] == everything["gates"] == 24 * 2 * 4 * 192
+    assert fewer["predictors"] > 0
+    random = DyVMConfig(token_keep_ratio=0.7, token_selection="random", enable_block_selection=False)
+    assert count_multiply_adds(random)["predictors"] == count_multiply_adds(random)["gates"] == 0
+    assert tokens_per_block(DyVMConfig(enable_token_pruning=False), 9) == [10] * 24

@@ -124,3 +124,41 @@ def test_image_processor_is_the_official_transform(tmp_path):
     assert list(processor.image_mean) == [0.485, 0.456, 0.406]
     image = torch.randint(0, 256, (3, 300, 400), dtype=torch.uint8)
     assert processor(image, return_tensors="pt").pixel_values.shape == (1, 3, 224, 224)
+
+
+# DyVM
+
+DYVM_TENSORS = load_file(VECTORS.parent / "dyvm" / "dyvm.safetensors")
+
+
+def dyvm_state():
+    return {key.removeprefix("vim/params/"): value for key, value in DYVM_TENSORS.items() if "vim/params/" in key[:11]}
+
+
+def test_dyvm_reloads_with_equal_logits(tmp_path):
+    save_file(dyvm_state(), tmp_path / "official.safetensors")
+    model = convert_vim_checkpoint(
+        tmp_path / "official.safetensors",
+        tmp_path / "out",
+        trained_image_size=48,
+        pruning_layers=[2, 4],
+        token_keep_ratio=0.7,
+        block_keep_ratio=0.8,
+    )
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
+    assert type(loaded) is type(model) and loaded.config.model_type == "dyvm"
+    assert loaded.config.tokens_kept_at_default_size == [25, 17]
+    logits = loaded(DYVM_TENSORS["vim/in/pixel_values"]).logits
+    torch.testing.assert_close(logits, DYVM_TENSORS["vim/eval/logits"], atol=5e-5, rtol=0)
+
+
+def test_dyvm_defaults_are_those_of_the_scripts(caplog):
+    state = dyvm_state()
+    with caplog.at_level("WARNING", "hf_effml.vim.convert_vim"):
+        config = detect_vim_config(state, 48)
+    assert "do not show how much it keeps" in caplog.text
+    assert (config.pruning_layers, config.token_keep_ratio[0], config.block_keep_ratio) == ([2, 4], 0.7, 0.8)
+    token_only = detect_vim_config({key: value for key, value in state.items() if "block_head" not in key}, 48)
+    assert token_only.enable_token_pruning and not token_only.enable_block_selection
+    block_only = detect_vim_config({key: value for key, value in state.items() if "score_" not in key}, 48)
+    assert block_only.enable_block_selection and not block_only.enable_token_pruning

@@ -6,10 +6,12 @@ import torch
 from PIL import Image
 
 from helpers import pixels, tiny_vim_fields
+from hf_effml.vim.configuration_dyvm import DyVMConfig
 from hf_effml.vim.configuration_rmeeto import RMeeToVimConfig
+from hf_effml.vim.modeling_dyvm import DyVMForImageClassification
 from hf_effml.vim.modeling_rmeeto import RMeeToVimForImageClassification
 from hf_effml.vim.token_reduction import MergeInfo
-from hf_effml.vim.visualize import visualize_merge
+from hf_effml.vim.visualize import visualize_merge, visualize_selection
 
 
 COLOURS = np.array([[250, 0, 0], [0, 250, 0], [0, 0, 250], [200, 200, 0], [0, 200, 200], [90, 90, 90]], np.uint8)
@@ -93,3 +95,50 @@ def test_a_model(position):
         merged = RMeeToVimForImageClassification(config)(pixels(config), output_merge_info=True).merge_info
     drawn = visualize_merge(Image.new("L", (24, 16)), merged, index=1)
     assert drawn.mode == "RGB" and drawn.size == (2 * 450 + 16, 300)
+
+
+# DyVM
+
+
+def dyvm_outputs(**fields):
+    config = DyVMConfig(**tiny_vim_fields(num_hidden_layers=4, pruning_layers=[1, 3], image_size=[8, 12], **fields))
+    gates = torch.ones(2, 4, 2)
+    gates[1, 2, 0] = gates[1, 0, 1] = 0
+    model = DyVMForImageClassification(config).eval()
+    with torch.no_grad():
+        return model, model(pixels(config), block_gates=gates if config.enable_block_selection else None)
+
+
+def test_selection_of_tokens_and_scans():
+    _, outputs = dyvm_outputs(token_keep_ratio=0.5)
+    drawn = visualize_selection(picture(), outputs, index=1)
+    assert drawn.size == (3 * 288 + 2 * 16, 192 + 2 * 16 + 2 * 28)
+    values = np.asarray(drawn).astype(int)
+    for panel, kept in enumerate([torch.arange(6), *(stage[1] for stage in outputs.kept_indices)]):
+        for patch in range(6):
+            row, column = divmod(patch, 3)
+            colour = values[48 + 96 * row, panel * 304 + 48 + 96 * column]
+            if patch in kept:
+                assert np.abs(colour - COLOURS[patch]).max() <= 1
+            else:
+                assert len(set(colour.tolist())) == 1
+    step = (drawn.width - 64) / 4
+    for direction, top in enumerate((208, 244)):
+        for block in range(4):
+            red, green, blue = values[top + 14, int(64 + (block + 0.5) * step)]
+            assert (red == green == blue) == (outputs.block_gates[1, block, direction] == 0)
+
+
+def test_selection_with_one_mechanism():
+    _, outputs = dyvm_outputs(enable_block_selection=False)
+    assert visualize_selection(picture(), outputs).size == (3 * 288 + 32, 192)
+    _, outputs = dyvm_outputs(enable_token_pruning=False)
+    assert visualize_selection(picture(), outputs).size == (288, 280)
+
+
+def test_selection_refuses():
+    model, outputs = dyvm_outputs()
+    with pytest.raises(ValueError, match="2x2 does not hold 6 patches"):
+        visualize_selection(picture(), outputs, grid_size=(2, 2))
+    with pytest.raises(ValueError, match="outputs are from training"):
+        visualize_selection(picture(), model.train()(pixels(model.config)))
