@@ -73,6 +73,7 @@ METHODS = (
         year=2025,
         summary="Drops the least useful patch tokens of a Vision Mamba and skips whole scans, image by image.",
         tags=("vision-mamba", "dyvm", "token-pruning", "image-classification"),
+        classes=("DyVMForImageClassification", "DyVMTrainer", "DyVMConfig"),
     ),
     Method(
         key="rmeeto",

@@ -1,5 +1,6 @@
 """Image data sets from scikit-learn, folders, parquet files and the Hub, as what a model and the Trainer take."""
 
+import copy
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -70,6 +71,12 @@ class ImageSplit(Dataset):
         self._epoch = torch.zeros((), dtype=torch.long).share_memory_()
         size = 4 * 3 * processor.crop_size["height"] * processor.crop_size["width"]
         self._cache: dict[int, tuple[Tensor, int]] | None = {} if len(rows) * size <= _CACHE_BYTES else None
+
+    def without_augmentation(self) -> "ImageSplit":
+        """The same images as they are; what the processor has made of them already is shared."""
+        plain = copy.copy(self)
+        plain._augment, plain._from_image = None, False
+        return plain
 
     def __len__(self) -> int:
         """Number of images."""

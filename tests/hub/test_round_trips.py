@@ -126,6 +126,11 @@ CASES = {
         "model": "RMeeToVimForImageClassification",
         "fields": {"merge_r": 2, "merge_interval": 1},
     },
+    "dyvm": {
+        "config": "DyVMConfig",
+        "model": "DyVMForImageClassification",
+        "fields": {"token_keep_ratio": 0.7},
+    },
 }
 
 

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 
-# Augmentation, mixup where timm is there, drop path, accumulation over a ragged epoch, merge warm-up, moving average.
+# Augmentation, mixup where timm is there, drop path, accumulation over a ragged epoch, moving average; merge warm-up
+# of R-MeeTo, drawn decisions of DyVM.
 PROGRAM = """
 import os, signal, sys
 import numpy as np
@@ -22,7 +23,7 @@ from hf_effml import *
 from hf_effml.utils.image_data import ImageSplit
 from hf_effml.utils.imports import usable
 
-folder, kill_at, resume = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "resume"
+folder, kill_at, resume, method = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "resume", sys.argv[4]
 torch.set_num_threads(1)
 
 
@@ -36,25 +37,31 @@ set_seed(0)
 pixels = np.random.RandomState(0).randint(0, 255, (28, 12, 12, 3), dtype=np.uint8)
 rows = [{"image": Image.fromarray(image), "label": index % 4} for index, image in enumerate(pixels)]
 data = ImageSplit(rows, vim_image_processor(16, crop_share=1.0), Augmentation(max_shift=2, horizontal_flip=True))
-model = RMeeToVimForImageClassification(
-    RMeeToVimConfig(image_size=16, patch_size=4, hidden_size=16, num_hidden_layers=4, state_size=4, num_labels=4,
-                    merge_r=5, drop_path_rate=0.2, hidden_dropout_prob=0.1)
+vim = VimForImageClassification(
+    VimConfig(image_size=16, patch_size=4, hidden_size=16, num_hidden_layers=4, state_size=4, num_labels=4,
+              drop_path_rate=0.2, hidden_dropout_prob=0.1)
 )
-args = RMeeToTrainingArguments(
-    folder, max_steps=10, per_device_train_batch_size=4, gradient_accumulation_steps=2, learning_rate=1e-2,
-    save_strategy="steps", save_steps=3, logging_steps=1, merge_warmup=0.8, ema_decay=0.8,
+settings = dict(
+    max_steps=10, per_device_train_batch_size=4, gradient_accumulation_steps=2, learning_rate=1e-2,
+    save_strategy="steps", save_steps=3, logging_steps=1, ema_decay=0.8,
     report_to="none", use_cpu=True, disable_tqdm=True,
 )
+if method == "rmeeto":
+    model = RMeeToVimForImageClassification.from_vim(vim, merge_r=5)
+    trainer_class, args = RMeeToTrainer, RMeeToTrainingArguments(folder, merge_warmup=0.8, **settings)
+else:
+    model = DyVMForImageClassification.from_vim(vim, token_keep_ratio=0.7, block_keep_ratio=0.7)
+    trainer_class, args = DyVMTrainer, DyVMTrainingArguments(folder, calibration_images=16, **settings)
 collator = MixupCollator(4) if usable("timm") else None
-trainer = RMeeToTrainer(model, args, train_dataset=data, data_collator=collator, callbacks=[Kill()])
+trainer = trainer_class(model, args, train_dataset=data, data_collator=collator, callbacks=[Kill()])
 trainer.train(resume_from_checkpoint=resume)
 trainer.save_model()
 trainer.save_state()
 """
 
 
-def run(folder, kill_at=-1, resume=False):
-    command = [sys.executable, "-c", PROGRAM, str(folder), str(kill_at), "resume" if resume else "start"]
+def run(folder, method, kill_at=-1, resume=False):
+    command = [sys.executable, "-c", PROGRAM, str(folder), str(kill_at), "resume" if resume else "start", method]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
@@ -64,10 +71,14 @@ def log(folder, after):
     return [entry for entry in history if "loss" in entry and entry["step"] > after]
 
 
-@pytest.fixture(scope="module")
-def straight(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("resume") / "straight"
-    outcome = run(folder)
+def config(folder):
+    return json.loads((folder / "config.json").read_text())
+
+
+@pytest.fixture(scope="module", params=["rmeeto", "dyvm"])
+def straight(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("resume") / request.param
+    outcome = run(folder, request.param)
     assert outcome.returncode == 0, outcome.stderr
     return folder
 
@@ -75,10 +86,10 @@ def straight(tmp_path_factory):
 # The newest checkpoint is in the middle of an epoch of four steps, in the second case of the first one.
 @pytest.mark.parametrize("kill_at", [8, 5])
 def test_killed_and_resumed_equals_straight(straight, tmp_path, kill_at):
-    folder = tmp_path / "killed"
-    assert run(folder, kill_at).returncode == -signal.SIGKILL
+    folder, method = tmp_path / "killed", straight.name
+    assert run(folder, method, kill_at).returncode == -signal.SIGKILL
     assert not (folder / "model.safetensors").exists()
-    outcome = run(folder, resume=True)
+    outcome = run(folder, method, resume=True)
     assert outcome.returncode == 0, outcome.stderr
     for name in ("model.safetensors", "checkpoint-9/model.safetensors", "checkpoint-9/weight_average.safetensors"):
         expected, found = load_file(straight / name), load_file(folder / name)
@@ -86,3 +97,5 @@ def test_killed_and_resumed_equals_straight(straight, tmp_path, kill_at):
         for key, tensor in expected.items():
             assert torch.equal(tensor, found[key]), f"{name}: {key}"
     assert log(folder, kill_at) == log(straight, kill_at)
+    # A DyVM's gates are set at the end.
+    assert config(folder) == config(straight)

@@ -132,3 +132,13 @@ def test_persistent_workers_see_the_epoch():
         split.set_epoch(epoch)
         seen += [batch["pixel_values"] for batch in loader]
     assert any(not torch.equal(seen[0], other) for other in seen[1:])
+
+
+def test_without_augmentation():
+    processor = vim_image_processor(16, crop_share=1.0)
+    augmented = ImageSplit(pictures(), processor, Augmentation(max_shift=4, horizontal_flip=True))
+    plain, expected = augmented.without_augmentation(), ImageSplit(pictures(), processor)
+    for index in range(len(expected)):
+        assert torch.equal(plain[index]["pixel_values"], expected[index]["pixel_values"])
+    augmented.set_epoch(3)
+    assert any(not torch.equal(augmented[i]["pixel_values"], expected[i]["pixel_values"]) for i in range(6))
