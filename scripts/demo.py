@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -134,8 +135,50 @@ class RMeeToDemo:
         )
 
 
+class DyVMDemo:
+    """DyVM's part: one model that has learned to drop half of its tokens and to skip a fifth of its scans."""
+
+    name = "DyVM 0.7 / 0.8 fine-tuned"
+
+    def __init__(self, start: Start):
+        self.start = start
+        self.folder = Path(start.args.out) / "dyvm-digits"
+
+    def models(self) -> "dict[str, VimForImageClassification]":
+        """Makes the model to measure, by the name of its row."""
+        from hf_effml import DyVMForImageClassification, DyVMTrainer, DyVMTrainingArguments
+
+        args = self.start.args
+        # Predictors and gates start from nothing, so they get a little longer.
+        settings = _settings(args, self.folder, args.retrain_epochs + 1, learning_rate=4e-3, warmup_steps=0.1)
+        self.trainer = DyVMTrainer(
+            DyVMForImageClassification.from_vim(
+                self.start.model, pruning_layers=[2, 4], token_keep_ratio=0.7, block_keep_ratio=0.8
+            ),
+            DyVMTrainingArguments(**settings),
+            train_dataset=self.start.data.train,
+            processing_class=self.start.processor,
+        )
+        _train(self.trainer, "fine-tuning, DyVM")
+        return {self.name: self.trainer.model}
+
+    def finish(self, rows: "dict[str, Measurement]") -> Path:
+        """Saves the model with its card, and draws what it drops; returns the model's folder."""
+        from hf_effml.scripts.evaluate_dyvm import draw_dropped_patches
+        from hf_effml.scripts.evaluate_rmeeto import card_results
+
+        own, base = rows[self.name], next(iter(rows.values()))
+        data, processor = self.start.data, self.start.processor
+        self.trainer.save_model()
+        self.trainer.card_facts |= {"evaluated_on": data.name, "results": card_results(own, base, _machine())}
+        self.trainer.create_model_card()
+        picture = Path(self.start.args.out) / "dropped_tokens.png"
+        draw_dropped_patches(self.trainer.model, data, processor, picture)
+        return self.folder
+
+
 # Each later method adds its part here.
-PARTS = (RMeeToDemo,)
+PARTS = (RMeeToDemo, DyVMDemo)
 
 
 def main(argv: list[str] | None = None) -> dict[str, object]:
@@ -160,7 +203,12 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
         models |= part.models()
     rows = {
         row.name: row
-        for row in measure({name: model.eval() for name, model in models.items()}, start.data.test, rounds=_ROUNDS)
+        for row in measure(
+            {name: model.eval() for name, model in models.items()},
+            start.data.test,
+            rounds=_ROUNDS,
+            work_of=partial(_amount_of_work, start),
+        )
     }
     folders = [str(part.finish(rows)) for part in parts]
     seconds = round(time.perf_counter() - began, 1)
@@ -249,6 +297,13 @@ def _train(trainer: "Trainer", what: str) -> None:
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Bar())
     trainer.train()
+
+
+def _amount_of_work(start: Start, model: "VimForImageClassification") -> tuple[dict[str, int], list[int]]:
+    """Multiply-adds by kind and tokens by block, with the scans that really run on the test images."""
+    from hf_effml.scripts.evaluate_dyvm import amount_of_work, run_over
+
+    return amount_of_work(model, run_over(model, start.data.test, 32)[1])
 
 
 def _print_table(rows: "list[Measurement]") -> None:

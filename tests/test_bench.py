@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from hf_effml import VimConfig, VimForImageClassification
-from hf_effml.scripts import bench_rmeeto, bench_vim
+from hf_effml.scripts import bench_dyvm, bench_rmeeto, bench_vim
 from hf_effml.utils import benchmark
 from hf_effml.utils.benchmark import (
     Timing,
@@ -117,6 +117,48 @@ def test_free_removal_has_the_lengths_of_merging():
 def test_break_even(faster, expected):
     rows = [{"batch": 1, "merging": bench_rmeeto.OURS, "r": r, "faster_than_off": f} for r, f in faster.items()]
     assert bench_rmeeto._break_even(rows, 1) == expected
+
+
+def test_bench_dyvm_writes_table_and_json(tmp_path, capsys):
+    results = run(bench_dyvm, tmp_path, "--batch_sizes", "1", "3")
+    assert json.loads((tmp_path / "bench_dyvm.json").read_text()) == results
+    assert (tmp_path / "bench_dyvm.md").read_text().strip() in capsys.readouterr().out
+    rows = results["models"]
+    assert len(rows) == 4 * 2 * 3 and len(results["choosing"]) == 3 * 2
+    assert {row["tokens_kept"] for row in rows if row["asked"] == "0.7 / 0.8"} == {"all", "11 7 5"}
+    for row in rows:
+        selects_scans = row["model"] == bench_dyvm.SELECT and not row["asked"].endswith("/ 1")
+        # The gates of the first of four blocks are the same for all images.
+        assert abs(row["scans_run"] - 0.8) < 0.15 if selects_scans else row["scans_run"] == 1
+        assert row["ms"] > 0
+
+
+@pytest.mark.parametrize("wrong_mode", ["select", "mask"])
+def test_bench_dyvm_refuses_modes_that_differ(tmp_path, monkeypatch, wrong_mode):
+    right = bench_dyvm._bench_model
+
+    def wrong(args, vim, model, *others):
+        def shifted(module, inputs, output):
+            if module.config.inference_mode == wrong_mode and module.vim.pruning:
+                output.logits = output.logits + 1.0
+
+        model.register_forward_hook(shifted)
+        return right(args, vim, model, *others)
+
+    monkeypatch.setattr(bench_dyvm, "_bench_model", wrong)
+    with pytest.raises(RuntimeError, match="`DyVM, select` and `DyVM, mask` differ by"):
+        run(bench_dyvm, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_images_of_the_bench_have_the_spectrum_of_photographs():
+    images = bench_dyvm.natural_images(8, 64, seed=0)
+    assert images.shape == (8, 3, 64, 64) and images.std() == pytest.approx(1)
+    power = torch.fft.rfft2(images).abs().square().mean((0, 1))[0]
+    # Amplitude 1/f is power 1/f^2.
+    slope = (power[16:24].mean() / power[2:3].mean()).log2() / (torch.tensor(20 / 2)).log2()
+    assert slope == pytest.approx(-2, abs=0.4)
+    assert torch.corrcoef(images.transpose(0, 1).flatten(1))[0, 1] > 0.7
 
 
 def test_agreement_looks_into_nested_outputs_and_names_the_tensor():

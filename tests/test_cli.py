@@ -94,7 +94,7 @@ def test_overview_lists_what_exists(capsys):
     text = capsys.readouterr().out
     for program in PROGRAMS:
         assert all(word in text for word in _words(program)), program
-    assert "comp-dd" not in text and "dyvm" not in text
+    assert "comp-dd" not in text and "mmfl" not in text
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
@@ -260,6 +260,11 @@ def test_json_is_the_only_output(capsys):
         (["train", "rmeto"], "did you mean `rmeeto`?"),
         (["train", "rmeeto", "--merge_rr", "3"], "`--merge_rr` is no option; did you mean `--merge_r`?"),
         (["train", "rmeeto", "--recipe", "smok"], "`smok` is no recipe; there are: "),
+        (["train", "dyvm", "--token_keep_ration", "0.5"], "`--token_keep_ration` is no option; did you mean"),
+        (["train", "dyvm", "--teacher", "self"], "There is no model to start from."),
+        (["train", "dyvm", "--calibration_images", "-1"], "`calibration_images` must not be negative; got -1."),
+        (["bench", "dyvm", "--rounds", "0"], "must be at least 1"),
+        (["bench", "dyvm", "--token_keep_ratio", "0.5"], "must be of one length, one pair per setting"),
         (["methods", "magic"], "`magic` is no method"),
         (["methods", "--all"], "`--all` is no option of `hf-effml methods`."),
         (["env", "torch"], "`torch` is no option of `hf-effml env`."),
@@ -279,7 +284,7 @@ def test_wrong_use_of_commands(argv, message, capsys):
 def test_methods_as_json(capsys):
     assert main(["methods", "--json"]) == 0
     methods = json.loads(capsys.readouterr().out)["methods"]
-    assert [method["key"] for method in methods if method["available"]] == ["rmeeto"]
+    assert [method["key"] for method in methods if method["available"]] == ["dyvm", "rmeeto"]
     assert len(methods) == 7
 
 

@@ -54,7 +54,7 @@ def test_public_names_are_documented(name):
 
 def test_methods_name_what_exists():
     assert len({method.key for method in (*METHODS, VIM)}) == 8
-    assert [method.key for method in METHODS if method.available] == ["rmeeto"]
+    assert [method.key for method in METHODS if method.available] == ["dyvm", "rmeeto"]
     for method in (*METHODS, VIM):
         assert set(method.classes) <= set(hf_effml.__all__), method.key
         assert method.citation.count("{") == method.citation.count("}")
@@ -65,7 +65,7 @@ def test_unknown_method_names_the_known():
         get_method("magic")
 
 
-@pytest.mark.parametrize("model_type", ["vim", "rmeeto_vim"])
+@pytest.mark.parametrize("model_type", ["vim", "rmeeto_vim", "dyvm"])
 def test_import_registers_the_models(model_type):
     assert type(AutoConfig.for_model(model_type)).__module__.startswith("hf_effml.")
 

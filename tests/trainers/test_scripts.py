@@ -1,27 +1,44 @@
-"""The programs around Vim and R-MeeTo: train, re-train, evaluate, experiment, demo."""
+"""The programs around Vim, R-MeeTo and DyVM: train, re-train, evaluate, experiment, demo."""
 
 import json
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
 from transformers import AutoModelForImageClassification
 
 from helpers import require_package, run_python
 from hf_effml.cli.parsing import parse_arguments
-from hf_effml.scripts import demo, evaluate_rmeeto, experiment_rmeeto, train_rmeeto, train_vim
+from hf_effml.scripts import (
+    demo,
+    evaluate_dyvm,
+    evaluate_rmeeto,
+    experiment_dyvm,
+    experiment_rmeeto,
+    train_dyvm,
+    train_rmeeto,
+    train_vim,
+)
 
 
 RECIPES = Path(train_vim.__file__).parent / "recipes"
 PROGRAMS = {
     "vim": (train_vim.VimScriptArguments, train_vim.Augmentation, train_vim.VimTrainingArguments),
     "rmeeto": (
-        train_rmeeto.RMeeToScriptArguments,
+        train_rmeeto.StartArguments,
         train_rmeeto.MergeArguments,
         train_rmeeto.Augmentation,
         train_rmeeto.RMeeToTrainingArguments,
     ),
+    "dyvm": (
+        train_dyvm.StartArguments,
+        train_dyvm.SelectionArguments,
+        train_dyvm.Augmentation,
+        train_dyvm.DyVMTrainingArguments,
+    ),
     "experiment_rmeeto": (experiment_rmeeto.ExperimentArguments, experiment_rmeeto.Augmentation),
+    "experiment_dyvm": (experiment_dyvm.ExperimentArguments, experiment_dyvm.Augmentation),
 }
 SMALL = ["--max_steps", "2", "--per_device_train_batch_size", "4", "--use_cpu", "--save_strategy", "no"]
 TINY = ["--image_size", "16", "--patch_size", "4", "--hidden_size", "16", "--num_hidden_layers", "4"]
@@ -41,7 +58,7 @@ def test_recipes_parse(path):
 
 
 def test_every_start_recipe_exists():
-    for path in RECIPES.glob("rmeeto_*.yaml"):
+    for path in (*RECIPES.glob("rmeeto_*.yaml"), *RECIPES.glob("dyvm_*.yaml")):
         for line in path.read_text().splitlines():
             if line.startswith("start_recipe: "):
                 assert (RECIPES / f"vim_{line.partition(': ')[2]}.yaml").exists(), path
@@ -100,6 +117,74 @@ def test_retrain_evaluate_and_card(start, tmp_path, capsys):
     assert "| Tokens per block, on average | 15 | 17 |" in text and "Latency (ms per image, cpu, batch 128)" in text
 
 
+def test_dyvm_train_evaluate_picture_and_card(start, tmp_path, capsys):
+    require_package("matplotlib")
+    folder, picture = tmp_path / "dynamic", tmp_path / "dropped.png"
+    arguments = ["--recipe", "smoke", "--model_name_or_path", str(start), "--output_dir", str(folder)]
+    results = train_dyvm.main([*arguments, *SMALL, "--token_keep_ratio", "0.5", "--pruning_layers", "1", "3"])
+    assert results["tokens_per_layer"] == [17, 9, 9, 5]
+    assert f'from_pretrained("{folder}", trust_remote_code=True)' in capsys.readouterr().out
+    model = AutoModelForImageClassification.from_pretrained(folder)
+    assert type(model).__name__ == "DyVMForImageClassification" and model.config.token_keep_ratio == [0.5, 0.25]
+    command = [str(folder), "--start", str(start), "--token_keep_ratio", "0.7", "--picture", str(picture)]
+    evaluated = evaluate_dyvm.main([*command, "--rounds", "1", "--batch_size", "128", "--add_to_card"])
+    rows = {row["name"]: row for row in evaluated["rows"]}
+    assert list(rows) == ["its start", "as saved", "token_keep_ratio = 0.7"]
+    assert rows["as saved"]["accuracy"] == results["accuracy"]
+    assert rows["as saved"]["block_keep_ratio"] == pytest.approx(results["block_keep_ratio"])
+    assert rows["its start"]["accuracy"] == results["dense_accuracy"]
+    assert [row["token_keep_ratio"] for row in rows.values()] == [[], [0.5, 0.25], [11 / 16, 7 / 16]]
+    assert rows["as saved"]["multiply_adds"] < rows["its start"]["multiply_adds"]
+    json.dumps(evaluated)
+    assert picture.stat().st_size > 10_000
+    text = ModelCard.load(folder / "README.md").text
+    assert "| Tokens per block, on average | 10 | 17 |" in text and "Share of the scans that run" in text
+    assert "Its gates were set on 898 training images" in text
+    itself = evaluate_dyvm.main([str(folder), "--rounds", "1", "--batch_size", "128"])["rows"]
+    assert itself[0]["name"] == "everything on" and itself[0]["tokens"] == 17 and itself[0]["block_keep_ratio"] == 1
+
+
+def test_dyvm_refuses_other_models(start):
+    with pytest.raises(ValueError, match="must be a DyVM; it is a `VimForImageClassification`"):
+        evaluate_dyvm.main([str(start)])
+
+
+def test_one_share_is_that_of_every_stage():
+    assert train_dyvm.SelectionArguments(token_keep_ratio=[0.7]).fields()["token_keep_ratio"] == 0.7
+    assert train_dyvm.SelectionArguments(token_keep_ratio=[0.7, 0.5]).fields()["token_keep_ratio"] == [0.7, 0.5]
+
+
+def test_patches_of_the_selection_task_tell_the_class():
+    train, test = experiment_dyvm.selection_task(seed=1, train=60, test=20)
+    assert (len(train), len(test)) == (60, 20) and train[0]["pixel_values"].shape == (1, 18, 18)
+    pixels = torch.stack([row["pixel_values"] for row in train + test])
+    labels = torch.tensor([row["labels"] for row in train + test])
+    patches = pixels.view(80, 6, 3, 6, 3).transpose(2, 3).reshape(80, 36, 9)
+    # The two that carry a class are near its pattern; the nearest of the noise is not.
+    for label in labels.unique():
+        own = patches[labels == label]
+        first = own[0]
+        distance = torch.cdist(own[1:].flatten(0, 1), first).view(len(own) - 1, 36, 36)
+        assert (distance.amin(1) < 2.2).float().mean(0).topk(2).values.min() == 1
+    again, _ = experiment_dyvm.selection_task(seed=1, train=60, test=20)
+    assert torch.equal(again[5]["pixel_values"], train[5]["pixel_values"])
+
+
+def test_dyvm_experiment_reports_every_way(tmp_path):
+    require_package("sklearn")
+    sizes = ["--patch_size", "4", "--hidden_size", "8", "--num_hidden_layers", "3", "--seeds", "0", "1"]
+    settings = ["--token_keep_ratio", "0.5", "--block_keep_ratio", "0.8", "--epochs", "1", "--tune_epochs", "1"]
+    results = experiment_dyvm.main(["--output_dir", str(tmp_path), *sizes, *settings])
+    assert [row["model"] for row in results["rows"]][:2] == ["dense", "dense, trained on"]
+    assert len(results["rows"]) == 7 and all(len(row["accuracies"]) == 2 for row in results["rows"])
+    assert "| learned tokens, fine-tuned | 0.44 / 0.22 |" in (tmp_path / "dyvm_digits.md").read_text()
+    written = json.loads((tmp_path / "dyvm_digits.json").read_text())["rows"]
+    assert written == results["rows"]
+    assert written[-1]["training"][0].keys() >= {"block_keep_ratio", "block_keep_ratio_after_calibration"}
+    with pytest.raises(ValueError, match="must be of one length, one pair per setting"):
+        experiment_dyvm.main(["--block_keep_ratio", "0.8"])
+
+
 def test_start_is_trained_once(tmp_path, monkeypatch):
     require_package("sklearn")
     calls = []
@@ -146,9 +231,10 @@ def test_demo(tmp_path, capsys):
     out = tmp_path / "effml-demo"
     results = demo.main(["--out", str(out), "--epochs", "1", "--retrain_epochs", "1"])
     expected = {"accuracy_speed.png", "merged_tokens.png", "results.json", "rmeeto-digits"}
+    expected |= {"dropped_tokens.png", "dyvm-digits"}
     assert {path.name for path in out.iterdir()} == expected
     assert json.loads((out / "results.json").read_text())["rows"] == results["rows"]
     last = capsys.readouterr().out.strip().splitlines()[-1].strip()
-    assert last == f'pipeline("image-classification", "{out}/rmeeto-digits", trust_remote_code=True)'
+    assert last == f'pipeline("image-classification", "{out}/dyvm-digits", trust_remote_code=True)'
     code = f"from PIL import Image\nfrom transformers import pipeline\nprint(len({last}(Image.new('L', (8, 8)))))"
     assert run_python(code, cwd=tmp_path, without_package=True).strip() == "5"
