@@ -95,6 +95,7 @@ METHODS = (
         year=2024,
         summary="Lets unimportant tokens bypass whole decoder blocks of a frozen language model.",
         tags=("token-router", "ftp", "token-pruning", "text-generation"),
+        classes=("TokenRouterModel", "TokenRouterTrainer", "apply_token_router"),
     ),
     Method(
         key="edf",

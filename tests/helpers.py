@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 
@@ -40,6 +41,53 @@ def pixels(config: Any, batch: int = 2, seed: int = 0) -> Tensor:
     height, width = (size, size) if isinstance(size, int) else size
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(batch, config.num_channels, height, width, generator=generator)
+
+
+def tiny_language_model(family: str = "Llama", seed: int = 0, **fields: Any) -> Any:
+    """A causal language model of 4 blocks, 2 heads to a key, whose attention is far from uniform; evaluation mode."""
+    shape = {
+        "vocab_size": 61,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.3,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": None,
+    }
+    shape |= {
+        "Qwen3": {"head_dim": 12},
+        "Gemma": {"head_dim": 12},
+        "Mistral": {"sliding_window": None},
+        "Qwen3Moe": {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    }.get(family, {})
+    torch.manual_seed(seed)
+    config = getattr(transformers, f"{family}Config")(**(shape | fields))
+    return randomized(getattr(transformers, f"{family}ForCausalLM")(config), seed)
+
+
+def tiny_tokenizer(**special_tokens: str) -> Any:
+    """A tokenizer of bytes, `<pad>` 256 and `<s>` 257; arguments like `bos_token="<s>"` give them a meaning."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    characters = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<pad>", "<s>"]
+    tokenizer = Tokenizer(models.BPE({character: index for index, character in enumerate(characters)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special_tokens)
+
+
+def texts(batch: int, tokens: int, padding: Sequence[int] = (), seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Random token ids of 60 words and their mask; `padding` columns of each sample are left padding."""
+    ids = torch.randint(1, 61, (batch, tokens), generator=torch.Generator().manual_seed(seed))
+    mask = torch.ones_like(ids)
+    for sample, columns in enumerate(padding):
+        mask[sample, :columns] = 0
+    return ids * mask, mask
 
 
 def randomized(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:

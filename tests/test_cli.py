@@ -193,7 +193,7 @@ class _Parsed(Exception):
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_parses(recipe, monkeypatch, tmp_path):
-    prefix, name = re.fullmatch(r"((?:experiment_)?[a-z]+)_(.+)", recipe.stem).groups()
+    prefix, name = re.fullmatch(r"((?:experiment_)?(?:token_router|[a-z]+))_(.+)", recipe.stem).groups()
     assert recipe.read_text().startswith("# "), "the first line says what the recipe is for"
     program = import_module(f"hf_effml.scripts.{prefix if prefix.startswith('experiment_') else f'train_{prefix}'}")
 
@@ -263,6 +263,10 @@ def test_json_is_the_only_output(capsys):
         (["train", "dyvm", "--token_keep_ration", "0.5"], "`--token_keep_ration` is no option; did you mean"),
         (["train", "dyvm", "--teacher", "self"], "There is no model to start from."),
         (["train", "dyvm", "--calibration_images", "-1"], "`calibration_images` must not be negative; got -1."),
+        (["train", "token-router", "--data", "pydoc"], "There is no language model to start from."),
+        (["train", "token-router", "--continuation_share", "1"], "`continuation_share` must be at least 0 and less"),
+        (["train", "token-router", "--target_sparsity", "30"], "`target_sparsity` must be at least 0 and less than 1"),
+        (["bench", "token-router", "--rounds", "0"], "must be at least 1"),
         (["bench", "dyvm", "--rounds", "0"], "must be at least 1"),
         (["bench", "dyvm", "--token_keep_ratio", "0.5"], "must be of one length, one pair per setting"),
         (["methods", "magic"], "`magic` is no method"),
@@ -284,7 +288,7 @@ def test_wrong_use_of_commands(argv, message, capsys):
 def test_methods_as_json(capsys):
     assert main(["methods", "--json"]) == 0
     methods = json.loads(capsys.readouterr().out)["methods"]
-    assert [method["key"] for method in methods if method["available"]] == ["dyvm", "rmeeto"]
+    assert [method["key"] for method in methods if method["available"]] == ["dyvm", "rmeeto", "token-router"]
     assert len(methods) == 7
 
 

@@ -12,8 +12,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("hf_effml", "trainers", "scripts", "hub_cards")
 FILES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
-SUBJECTS = {"vim"}
-PORTABLE = {"vim"}
+SUBJECTS = {"token_router", "vim"}
+PORTABLE = {"token_router", "vim"}
 PORTABLE_PACKAGES = {"PIL", "huggingface_hub", "numpy", "safetensors", "torch", "transformers"}
 # `vision` is what the trainers of image models share beyond the card: mixup, moving average.
 TRAINER_BASES = {"hf_effml.trainers.base", "hf_effml.trainers.vision"}
@@ -21,6 +21,7 @@ TRAINER_BASES = {"hf_effml.trainers.base", "hf_effml.trainers.vision"}
 MAY_IMPORT = {
     "utils": set(),
     "methods": set(),
+    "token_router": set(),
     "vim": set(),
     "hub": {"utils", "methods"},
     "hub_cards": set(),

@@ -5,6 +5,7 @@ from hf_effml.utils.image_data import ImageData, load_image_data, load_image_pro
 
 from .dyvm import DyVMTrainer, DyVMTrainingArguments
 from .rmeeto import MergeWarmupCallback, RMeeToTrainer, RMeeToTrainingArguments, distillation_loss
+from .token_router import TokenRouterTrainer, TokenRouterTrainingArguments
 from .vim import VimTrainer, VimTrainingArguments
 
 
@@ -17,6 +18,8 @@ __all__ = [
     "MixupCollator",
     "RMeeToTrainer",
     "RMeeToTrainingArguments",
+    "TokenRouterTrainer",
+    "TokenRouterTrainingArguments",
     "VimTrainer",
     "VimTrainingArguments",
     "distillation_loss",

@@ -60,7 +60,7 @@ def render_model_card(
         arguments (`Mapping`, *optional*):
             Arguments that differ from the defaults; tokens and absolute paths are taken out.
         base_model (`str`, *optional*):
-            Hub id of the starting point. A local folder is left out.
+            Hub id of the starting point. A local folder is left out. Defaults to the one that a token router names.
         datasets (`Sequence[str]`, *optional*, defaults to `()`):
             Hub ids of the training data.
         license (`str`, *optional*, defaults to `"apache-2.0"`):
@@ -78,7 +78,8 @@ def render_model_card(
     model_id = model_id or folder.resolve().name
     title = model_id.split("/")[-1]
     papers = _papers(method)
-    base_model = base_model if _is_hub_id(base_model) else None
+    base_model = base_model or _token_router(config).get("base_model_name_or_path")
+    base_model = base_model if is_hub_id(base_model) else None
     evaluated_on = scrub(evaluated_on)
     data = ModelCardData(
         library_name="peft" if (folder / "adapter_config.json").exists() else "transformers",
@@ -96,8 +97,10 @@ def render_model_card(
         model_id=model_id,
         summary=summary or _first_sentence(title, config, papers[0] if papers else None),
         auto_class=_auto_class(config),
-        remote_code=", trust_remote_code=True" if config.get("auto_map") else "",
+        remote_code=_remote_code(config),
         takes_pictures=_takes_pictures(folder, config),
+        tokenizer=_where_the_tokenizer_is(folder, config),
+        routes_tokens=bool(_token_router(config)),
         results_table=results_table(results),
         evaluated_on=evaluated_on,
         command=scrub_command(command) if command else None,
@@ -180,8 +183,16 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
-def _is_hub_id(name: str | None) -> bool:
-    """Whether a name can be one on the Hub: no path, and no folder of this machine."""
+def is_hub_id(name: str | None) -> bool:
+    """Says whether a name can be one on the Hub: no path, and no folder of this machine.
+
+    Args:
+        name (`str` or `None`):
+            The name.
+
+    Returns:
+        `bool`: the answer.
+    """
     return name is not None and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) is not None and not Path(name).exists()
 
 
@@ -198,7 +209,34 @@ def _architecture(config: Mapping[str, Any]) -> str | None:
 
 
 def _pipeline_tag(config: Mapping[str, Any]) -> str | None:
-    return "image-classification" if (_architecture(config) or "").endswith("ForImageClassification") else None
+    tasks = {"AutoModelForImageClassification": "image-classification", "AutoModelForCausalLM": "text-generation"}
+    return tasks.get(_auto_class(config))
+
+
+def _is_router_alone(config: Mapping[str, Any]) -> bool:
+    """Whether a folder holds a token router without the language model it works in."""
+    return config.get("model_type") == "token_router"
+
+
+def _token_router(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The configuration of a token router, alone or in that of a full checkpoint; empty where there is none."""
+    return config if _is_router_alone(config) else config.get("token_router") or {}
+
+
+def _where_the_tokenizer_is(folder: Path, config: Mapping[str, Any]) -> str | None:
+    """The expression that names it in the snippet; `None` for what generates no text."""
+    if _pipeline_tag(config) != "text-generation":
+        return None
+    if _is_router_alone(config):
+        return "model.config.base_model_name_or_path"
+    if _token_router(config) and not any((folder / f"tokenizer{end}.json").exists() for end in ("", "_config")):
+        return 'model.config.token_router["base_model_name_or_path"]'
+    return f"model_id{_remote_code(config)}"
+
+
+def _remote_code(config: Mapping[str, Any]) -> str:
+    """What loading needs where this package is not installed."""
+    return ", trust_remote_code=True" if config.get("auto_map") else ""
 
 
 def _takes_pictures(folder: Path, config: Mapping[str, Any]) -> bool:
@@ -209,6 +247,8 @@ def _takes_pictures(folder: Path, config: Mapping[str, Any]) -> bool:
 
 def _auto_class(config: Mapping[str, Any]) -> str:
     """The Auto class that loads the model."""
+    if _is_router_alone(config):
+        return "AutoModelForCausalLM"
     task = re.search(r"For[A-Z]\w+$", _architecture(config) or "")
     return f"AutoModel{task.group()}" if task else "AutoModel"
 
@@ -222,13 +262,32 @@ def _first_sentence(title: str, config: Mapping[str, Any], method: Method | None
 
 
 def _default_limits(config: Mapping[str, Any], results: Sequence[CardResult], evaluated_on: str | None) -> list[str]:
-    limits = []
-    if _pipeline_tag(config) and config.get("id2label"):
+    limits = _limits_of_routing(config)
+    if _pipeline_tag(config) == "image-classification" and config.get("id2label"):
         classes = len(config["id2label"])
         limits.append(f"It knows the {classes} classes of its training data only; any picture gets one of them.")
     if results and evaluated_on:
         limits.append(f"The results above hold for {evaluated_on} and say little about other data.")
-    return [*limits, "Speed depends on device, batch and input size: measure it where the model will run."]
+    size = "prompt length" if _pipeline_tag(config) == "text-generation" else "input size"
+    return [*limits, f"Speed depends on device, batch and {size}: measure it where the model will run."]
+
+
+def _limits_of_routing(config: Mapping[str, Any]) -> list[str]:
+    router = _token_router(config)
+    if not router:
+        return []
+    limits = [
+        "Routing is not causal: which blocks a token skips depends on the whole prompt. Score what follows a routed "
+        "prompt, with `score_continuations` or `score_multiple_choice` of `hf_effml`. Perplexity over all positions "
+        "of a routed text means nothing.",
+        "It saves computation and cache for prompts. Memory for weights stays what it was, and generated tokens gain "
+        "little.",
+    ]
+    if router.get("min_tokens"):
+        limits.append(f"Prompts of less than {router['min_tokens']} tokens run dense.")
+    if _is_router_alone(config):
+        limits.append("The router fits the base model it was trained on, and no other.")
+    return limits
 
 
 def _versions() -> str:

@@ -1,11 +1,12 @@
 """Pushes a model folder with its card, after a look at what is in it."""
 
+import json
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.utils import filter_repo_objects
 
-from .cards import CARD_NAME, set_model_id
+from .cards import CARD_NAME, is_hub_id, set_model_id
 from .privacy import find_private
 
 
@@ -34,8 +35,8 @@ def check_folder(folder: str | Path) -> None:
     """Checks that a folder can be published, and says everything that speaks against it.
 
     It needs a configuration, safetensors weights and a finished card; pickles, access tokens and paths of this machine
-    are refused. The files a Trainer keeps for itself (its arguments, states and checkpoints) do not count, because
-    [`push_folder`] leaves them out.
+    are refused, and so is a token router whose base model is not on the Hub. The files a Trainer keeps for itself (its
+    arguments, states and checkpoints) do not count, because [`push_folder`] leaves them out.
 
     Args:
         folder (`str` or `Path`):
@@ -50,6 +51,8 @@ def check_folder(folder: str | Path) -> None:
         remarks.append("no `config.json`: write the folder with `save_pretrained`")
     if not any(name.endswith(".safetensors") for name in files):
         remarks.append("no `.safetensors` weights: write the folder with `save_pretrained`")
+    if "config.json" in files:
+        remarks += _remarks_on_base_model(folder / "config.json")
     if CARD_NAME not in files:
         remarks.append(f"no card: write one with `hf_effml.hub.write_model_card({folder.name!r}, ...)`")
     for name in files:
@@ -121,6 +124,18 @@ def _files_to_push(folder: Path) -> list[str]:
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     names = [name for name in names if not name.startswith((".git/", ".cache/"))]
     return list(filter_repo_objects(names, ignore_patterns=_LEFT_OUT))
+
+
+def _remarks_on_base_model(path: Path) -> list[str]:
+    """A token router loads the model it belongs to by the name in its configuration."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    base_model = config.get("base_model_name_or_path")
+    if config.get("model_type") != "token_router" or is_hub_id(base_model):
+        return []
+    return [
+        f"the router's base model `{base_model}` is not one on the Hub: push that first and write its id into "
+        "`base_model_name_or_path` of `config.json`, or push both in one with `model.to_full_checkpoint()`"
+    ]
 
 
 def _remarks_on_text(path: Path) -> list[str]:

@@ -2,11 +2,19 @@
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from .baselines import block_pruner, remove_blocks, remove_sub_blocks, shortgpt_blocks
 from .configuration_token_router import (
     TokenRouterConfig,
     TokenRouterLlamaConfig,
     TokenRouterQwen2Config,
     TokenRouterQwen3Config,
+)
+from .evaluation import (
+    ContinuationScores,
+    MultipleChoiceScores,
+    retention,
+    score_continuations,
+    score_multiple_choice,
 )
 from .modeling_token_router import TokenRouterModel
 from .modeling_token_router_causal_lm import (
@@ -17,6 +25,12 @@ from .modeling_token_router_causal_lm import (
 from .patching import apply_token_router, disable_routing, remove_token_router
 from .routing import TokenRouter
 from .routing_report import RoutingReport
+from .schedule_search import (
+    ScheduleSearchResult,
+    block_influence,
+    project_schedule,
+    search_sparsity_schedule,
+)
 from .token_skip_cache import TokenSkipCacheLayer
 
 
@@ -33,7 +47,10 @@ for _config, _model in (
     _model.register_for_auto_class("AutoModelForCausalLM")
 
 __all__ = [
+    "ContinuationScores",
+    "MultipleChoiceScores",
     "RoutingReport",
+    "ScheduleSearchResult",
     "TokenRouter",
     "TokenRouterConfig",
     "TokenRouterLlamaConfig",
@@ -45,6 +62,16 @@ __all__ = [
     "TokenRouterQwen3ForCausalLM",
     "TokenSkipCacheLayer",
     "apply_token_router",
+    "block_influence",
+    "block_pruner",
     "disable_routing",
+    "project_schedule",
+    "remove_blocks",
+    "remove_sub_blocks",
     "remove_token_router",
+    "retention",
+    "score_continuations",
+    "score_multiple_choice",
+    "search_sparsity_schedule",
+    "shortgpt_blocks",
 ]

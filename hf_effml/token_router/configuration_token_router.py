@@ -146,8 +146,8 @@ class TokenRouterConfig(PreTrainedConfig):
             raise ValueError(f"`decode_threshold` must be between 0 and 1; got {self.decode_threshold}.")
         if not 0 <= self.target_sparsity < 1:
             raise ValueError(
-                f"`target_sparsity` must be at least 0 and less than 1; got {self.target_sparsity}. It is the share of "
-                "tokens that skip a block: 0.3 for 30 %."
+                f"`target_sparsity` must be at least 0 and less than 1; got {self.target_sparsity}. It is the share "
+                "of tokens that skip a block: 0.3 for 30 %."
             )
         if self.is_learned and self.num_protected_first < 1:
             raise ValueError(
@@ -193,8 +193,8 @@ class TokenRouterConfig(PreTrainedConfig):
         protected = [*schedule[: self.num_protected_first], *schedule[len(schedule) - self.num_protected_last :]]
         if any(protected):
             raise ValueError(
-                f"`sparsity_schedule` skips tokens in blocks that `num_protected_first={self.num_protected_first}` and "
-                f"`num_protected_last={self.num_protected_last}` protect; got {list(schedule)}."
+                f"`sparsity_schedule` skips tokens in blocks that `num_protected_first={self.num_protected_first}` "
+                f"and `num_protected_last={self.num_protected_last}` protect; got {list(schedule)}."
             )
 
 

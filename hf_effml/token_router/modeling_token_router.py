@@ -87,22 +87,47 @@ class TokenRouterModel(PreTrainedModel):
         """That of the language model."""
         return self.model.generation_config
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    @generation_config.setter
+    def generation_config(self, value: Any) -> None:
+        # The base class sets one before there is a language model.
+        if "model" in self._modules:
+            self.model.generation_config = value
+
+    @classmethod
+    def can_generate(cls) -> bool:
+        """Whether it has `generate`: always."""
+        return True
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """Runs the language model.
 
         Args:
-            args (`tuple`):
+            input_ids (`Tensor` of shape `(batch, tokens)`, *optional*):
                 As for the language model.
+            attention_mask (`Tensor` of shape `(batch, tokens)`, *optional*):
+                The same.
+            labels (`Tensor` of shape `(batch, tokens)`, *optional*):
+                The same.
             kwargs (`dict`):
-                As for the language model. Besides: `keep_mask`, decisions to replay instead of asking the router, of
-                shape `(blocks, batch, new tokens)` as in a report, or a dictionary from blocks to
-                `(batch, new tokens)`; `token_router_config`, to use instead of the model's own in this call; and
-                `as_generated=True`, to let the tokens of this call follow `decode_policy`, however many they are.
+                As for the language model, and, but not in `generate`:
+                `keep_mask`, decisions to replay instead of asking the router, of shape `(blocks, batch, new tokens)`
+                as in a report, or a dictionary from blocks to `(batch, new tokens)`;
+                `token_router_config`, to use instead of the model's own in this call;
+                `as_generated=True`, to let all tokens of this call follow `decode_policy`, however many they are;
+                `generated` of shape `(batch, new tokens)`, `True` for those that do so after their prompt.
 
         Returns:
             `CausalLMOutputWithPast`: its output.
         """
-        return self.model(*args, **kwargs)
+        # Named, as `Trainer` drops what it finds no argument for.
+        named = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        return self.model(**kwargs, **{name: value for name, value in named.items() if value is not None})
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generates text with the language model.
@@ -194,11 +219,8 @@ class TokenRouterModel(PreTrainedModel):
         for name in for_auto_classes:
             kwargs.pop(name, None)
         revision = kwargs.pop("revision", None)
-        hub = {
-            name: kwargs[name]
-            for name in ("token", "cache_dir", "force_download", "local_files_only")
-            if name in kwargs
-        }
+        shared = ("token", "cache_dir", "force_download", "local_files_only")
+        hub = {name: kwargs[name] for name in shared if name in kwargs}
         if config is None:
             config = TokenRouterConfig.from_pretrained(router, revision=revision, **hub)
         path = Path(router) / _WEIGHTS_NAME

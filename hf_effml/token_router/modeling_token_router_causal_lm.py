@@ -1,6 +1,6 @@
 """Whole checkpoints that carry a token router: Llama, Qwen2 and Qwen3, patched as soon as they are made."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -12,25 +12,34 @@ from .configuration_token_router import (
     TokenRouterQwen2Config,
     TokenRouterQwen3Config,
 )
-from .patching import apply_token_router, find_decoder, make_routing_report
-from .routing import TokenRouter
+from .patching import apply_token_router, find_decoder, is_patched, make_routing_report
 from .routing_report import RoutingReport
 
 
-class _TokenRouterCheckpoint:
+# For type checkers: the next class in line is that of the language model.
+_Model: Any = PreTrainedModel if TYPE_CHECKING else object
+
+
+class _TokenRouterCheckpoint(_Model):
     """What these classes share: they patch themselves, and write the router's configuration into their own."""
 
     _keep_in_fp32_modules_strict = {"token_router"}
 
     def __init__(self, config: Any):
         super().__init__(config)
-        apply_token_router(self, TokenRouterConfig(**(config.token_router or {})))
+        fields = dict(config.token_router or {})
+        # The base model was another folder than this one; that is no reason to warn.
+        base = fields.pop("base_model_name_or_path", None)
+        apply_token_router(self, TokenRouterConfig(**fields))
+        find_decoder(self).token_routing_hook.config.base_model_name_or_path = base
 
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        # Its linear layers were initialised above as those of any module.
-        if isinstance(module, TokenRouter):
-            module.reset_parameters()
+    def initialize_weights(self) -> None:
+        """Initialises what a checkpoint did not have."""
+        super().initialize_weights()
+        decoder = find_decoder(self)
+        if is_patched(decoder):
+            # The decoder, a model of its own, has treated the router's layers as any linear ones.
+            decoder.token_router.reset_parameters()
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
         """Saves weights, router and configuration.
@@ -83,7 +92,7 @@ class TokenRouterQwen3ForCausalLM(_TokenRouterCheckpoint, Qwen3ForCausalLM):
     config_class = TokenRouterQwen3Config
 
 
-FULL_CHECKPOINTS = {
+FULL_CHECKPOINTS: dict[type, Any] = {
     LlamaForCausalLM: TokenRouterLlamaForCausalLM,
     Qwen2ForCausalLM: TokenRouterQwen2ForCausalLM,
     Qwen3ForCausalLM: TokenRouterQwen3ForCausalLM,

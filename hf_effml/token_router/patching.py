@@ -1,6 +1,7 @@
 """Patching a language model so that its tokens skip blocks, and un-patching it."""
 
 import copy
+import inspect
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -85,14 +86,14 @@ def apply_token_router(
     """
     config = TokenRouterConfig() if config is None else config
     decoder = find_decoder(model)
-    if is_patched(decoder):
-        if not exist_ok:
-            raise RuntimeError(
-                "This model has a token router already. Remove it with `remove_token_router(model)`, or replace it with "
-                "`exist_ok=True`."
-            )
-        remove_token_router(model)
+    if is_patched(decoder) and not exist_ok:
+        raise RuntimeError(
+            "This model has a token router already. Remove it with `remove_token_router(model)`, or replace it with "
+            "`exist_ok=True`."
+        )
     _fit(config, model, decoder)
+    if is_patched(decoder):
+        remove_token_router(model)
     for block in decoder.layers:
         block.__class__ = _skipping(type(block))
     decoder.token_router = TokenRouter(config.router_hidden_size).to(decoder.layers[0].input_layernorm.weight.device)
@@ -217,8 +218,8 @@ def _fit(config: TokenRouterConfig, model: PreTrainedModel, decoder: nn.Module) 
     blocks = len(decoder.layers)
     if config.num_hidden_layers not in (None, blocks):
         raise ValueError(
-            f"This router was made for a model of {config.num_hidden_layers} blocks; this one has {blocks}. Load it on "
-            f"`{config.base_model_name_or_path or 'its own base model'}`."
+            f"This router was made for a model of {config.num_hidden_layers} blocks; this one has {blocks}. Load it "
+            f"on `{config.base_model_name_or_path or 'its own base model'}`."
         )
     config.num_hidden_layers = blocks
     config.validate_token_routing()
@@ -227,8 +228,8 @@ def _fit(config: TokenRouterConfig, model: PreTrainedModel, decoder: nn.Module) 
         config.base_model_name_or_path = name
     elif name is not None and name != config.base_model_name_or_path:
         logger.warning(
-            f"This router was trained on `{config.base_model_name_or_path}` and is applied to `{name}`. If that is the "
-            "same model, set `base_model_name_or_path` of its configuration."
+            f"This router was trained on `{config.base_model_name_or_path}` and is applied to `{name}`. If that is "
+            "the same model, set `base_model_name_or_path` of its configuration."
         )
 
 
@@ -252,15 +253,22 @@ class RoutingHook:
         return self.__dict__ | {"latest": None}
 
     def __call__(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """Adds the decisions to the arguments of a forward pass."""
+        args, kwargs = (), _by_name(decoder, args, kwargs)
         replayed = kwargs.pop("keep_mask", None)
         config = kwargs.pop("token_router_config", None) or self.config
-        as_generated = kwargs.pop("as_generated", False)
+        as_generated, generated = kwargs.pop("as_generated", False), kwargs.pop("generated", None)
         if id(decoder) in _DENSE.get() or not (any(config.schedule) or replayed is not None):
             return args, kwargs
         _refuse_what_routing_cannot_do(decoder, kwargs)
-        state = _begin(decoder, config, args, kwargs, replayed, as_generated)
+        state = _begin(decoder, config, kwargs, replayed, as_generated, generated)
         if state.learning:
-            kwargs["use_cache"] = False
+            if state.past:
+                raise ValueError(
+                    f"A router is trained on whole texts; got a cache of {state.past} columns. Leave it out, or call "
+                    "`model.eval()` to generate."
+                )
+            kwargs |= {"use_cache": False, CACHE_ARGUMENT: None}
         elif kwargs.get(CACHE_ARGUMENT) is not None:
             _check_cache(kwargs[CACHE_ARGUMENT], state)
         if state.is_prompt:
@@ -268,17 +276,28 @@ class RoutingHook:
         return args, kwargs | {"token_routing": state}
 
 
+def _by_name(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a decoder that was called by hand, as a language model passes them on."""
+    kwargs = dict(kwargs)
+    if args:
+        names = list(inspect.signature(type(decoder).forward).parameters)[1:]
+        kwargs |= dict(zip(names, args, strict=False))
+    if "past_key_values" in kwargs:
+        kwargs[CACHE_ARGUMENT] = kwargs.pop("past_key_values")
+    return kwargs
+
+
 def _begin(
     decoder: nn.Module,
     config: TokenRouterConfig,
-    args: tuple,
     kwargs: dict[str, Any],
     replayed: Any,
     as_generated: bool,
+    generated: Tensor | None,
 ) -> RoutingState:
     """Reads off the inputs which columns are new and real."""
-    inputs = kwargs.get("inputs_embeds")
-    inputs = (args[0] if args else kwargs.get("input_ids")) if inputs is None else inputs
+    inputs: Any = kwargs.get("inputs_embeds")
+    inputs = kwargs.get("input_ids") if inputs is None else inputs
     batch, tokens = inputs.shape[:2]
     cache, mask = kwargs.get(CACHE_ARGUMENT), kwargs.get("attention_mask")
     past = 0 if cache is None else cache.get_seq_length()
@@ -294,19 +313,40 @@ def _begin(
         real = torch.ones(batch, tokens, dtype=torch.bool, device=inputs.device)
         lengths = [tokens] * batch
     else:
+        if mask.shape != (batch, past + tokens):
+            raise ValueError(
+                f"`attention_mask` must cover the {past} columns of the cache and the {tokens} new ones of {batch} "
+                f"samples; got {tuple(mask.shape)}."
+            )
         mask = mask.to(inputs.device).bool()
-        real = mask[:, past : past + tokens]
-        lengths = real.sum(-1).tolist()
-        past_real = mask[:, :past] if past else None
-        if past_real is not None and bool(past_real.all()):
-            past_real = None
-    if isinstance(replayed, Tensor):
-        replayed = dict(enumerate(replayed))
-    return RoutingState(config, decoder.token_router, real, lengths, past, past_real, learning, replayed, as_generated)
+        real = mask[:, past:]
+        # The one time in a forward pass that the device is waited for.
+        lengths, past_lengths = torch.stack([real.sum(-1), mask[:, :past].sum(-1)]).tolist()
+        past_real = mask[:, :past] if min(past_lengths) < past else None
+    if replayed is not None:
+        replayed = _masks_by_block(replayed, len(config.schedule), (batch, tokens))
+    if generated is not None and generated.shape != (batch, tokens):
+        raise ValueError(f"`generated` must have the shape {(batch, tokens)}; got {tuple(generated.shape)}.")
+    return RoutingState(
+        config, decoder.token_router, real, lengths, past, past_real, learning, replayed, as_generated, generated
+    )
+
+
+def _masks_by_block(masks: Any, blocks: int, shape: tuple[int, int]) -> dict[int, Tensor]:
+    """Decisions to replay as a dictionary, checked."""
+    given = dict(enumerate(masks)) if isinstance(masks, Tensor) else dict(masks)
+    complete = len(given) == blocks or not isinstance(masks, Tensor)
+    if not complete or any(block not in range(blocks) or mask.shape != shape for block, mask in given.items()):
+        found = tuple(masks.shape) if isinstance(masks, Tensor) else {key: tuple(masks[key].shape) for key in masks}
+        raise ValueError(
+            f"`keep_mask` must have the shape {(blocks, *shape)}, or map some of the {blocks} blocks to masks of shape "
+            f"{shape}; got {found}."
+        )
+    return given
 
 
 def _refuse_what_routing_cannot_do(decoder: nn.Module, kwargs: dict[str, Any]) -> None:
-    mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+    mask, positions, cache = (kwargs.get(name) for name in ("attention_mask", "position_ids", CACHE_ARGUMENT))
     implementation = decoder.config._attn_implementation
     if not (implementation in ("eager", "sdpa") or "flash" in implementation):
         raise ValueError(
@@ -318,45 +358,45 @@ def _refuse_what_routing_cannot_do(decoder: nn.Module, kwargs: dict[str, Any]) -
             "`output_attentions` is not supported with routing: blocks attend to different tokens. Use "
             "`disable_routing()`, or look at `routing_report`."
         )
-    if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
-        shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise ValueError(
-            f"`attention_mask` must have the shape (batch, tokens) with routing; got {shape}. Packed sequences are not "
-            "supported with routing: pad them instead."
-        )
-    restarts = (
-        mask is None
-        and kwargs.get(CACHE_ARGUMENT) is None
-        and positions is not None
-        and positions.dim() == 2
-        and bool((positions[:, 1:] <= positions[:, :-1]).any())
-    )
-    if restarts or any(kwargs.get(name) is not None for name in ("cu_seq_lens_q", "cu_seq_lens_k")):
-        raise ValueError(
-            "Packed sequences are not supported with routing: `position_ids` restart, or `cu_seq_lens` were given. Pad "
-            "the texts and pass an `attention_mask`."
-        )
-
-
-def _check_cache(cache: Any, state: RoutingState) -> None:
-    if type(cache) is not DynamicCache:
+    if cache is not None and type(cache) is not DynamicCache:
         raise ValueError(
             f"Token routing needs a `DynamicCache`, whose blocks can hold different numbers of tokens; got a "
             f'`{type(cache).__name__}`. Pass `cache_implementation="dynamic"` to `generate`.'
         )
+    if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+        shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(
+            f"`attention_mask` must have the shape (batch, tokens) with routing; got {shape}. Packed sequences are "
+            "not supported with routing: pad them instead."
+        )
+    restarts = (
+        mask is None
+        and positions is not None
+        and positions.dim() == 2
+        and positions.shape[1] > 1
+        and bool((positions[:, 1:] <= positions[:, :-1]).any())
+    )
+    if restarts or any(kwargs.get(name) is not None for name in ("cu_seq_lens_q", "cu_seq_lens_k")):
+        raise ValueError(
+            "Packed sequences are not supported with routing: `position_ids` restart, or `cu_seq_lens` were given. "
+            "Pad the texts and pass an `attention_mask`."
+        )
+
+
+def _check_cache(cache: DynamicCache, state: RoutingState) -> None:
     for block in state.routed:
         layer = cache.layers[block] if block < len(cache.layers) else None
         if layer is None:
             continue
         if type(layer) not in (DynamicLayer, TokenSkipCacheLayer):
             raise ValueError(
-                f"Token routing cannot skip tokens in a `{type(layer).__name__}`, which block {block} has as its cache; "
-                'supported is `cache_implementation="dynamic"`.'
+                f"Token routing cannot skip tokens in a `{type(layer).__name__}`, which block {block} has as its "
+                'cache; supported is `cache_implementation="dynamic"`.'
             )
         if layer.keys is not None and layer.keys.numel() and layer.keys.shape[0] != len(state.real):
             raise ValueError(
-                f"The cache holds {layer.keys.shape[0]} samples, the inputs {len(state.real)}. Start with a new cache, "
-                "or select samples with `cache.batch_select_indices`."
+                f"The cache holds {layer.keys.shape[0]} samples, the inputs {len(state.real)}. Start with a new "
+                "cache, or select samples with `cache.batch_select_indices`."
             )
 
 

@@ -94,8 +94,8 @@ def make_report(state: RoutingState, decoder: nn.Module) -> RoutingReport:
 
 
 def _bytes_per_entry(block: nn.Module) -> int:
-    attention = block.self_attn
-    return 2 * attention.k_proj.out_features * attention.k_proj.weight.element_size()
+    # Not the type of `k_proj`, whose weight may be quantized.
+    return 2 * block.self_attn.k_proj.out_features * block.input_layernorm.weight.element_size()
 
 
 def _block_work(block: nn.Module, kept: int, tokens: int, kv_policy: str, whole: bool) -> float:

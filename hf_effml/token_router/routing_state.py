@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -79,6 +80,8 @@ class RoutingState:
             Decisions of an earlier run, by block; the router is not asked.
         as_generated (`bool`, *optional*, defaults to `False`):
             Treat the new tokens as generated ones, however many they are.
+        generated (`Tensor` of shape `(batch, tokens)`, *optional*):
+            Tokens that follow their prompt in the same call: they are not decided on but follow `decode_policy`.
     """
 
     config: TokenRouterConfig
@@ -90,13 +93,16 @@ class RoutingState:
     learning: bool = False
     replayed: Mapping[int, Tensor] | None = None
     as_generated: bool = False
+    generated: Tensor | None = None
     plans: dict[int, KeepPlan] = field(default_factory=dict)
     logits: dict[int, Tensor] = field(default_factory=dict)
-    _scores: dict[int, Tensor] = field(default_factory=dict)
+    scores: dict[int, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.schedule = self.config.schedule
         self.routed = [block for block, sparsity in enumerate(self.schedule) if sparsity > 0]
+        self.prompt = self.real if self.generated is None else self.real & ~self.generated
+        self.prompt_lengths = self.lengths if self.generated is None else self.prompt.sum(-1).tolist()
         is_long = self.past == 0 or self.real.shape[1] >= self._shortest_prompt
         self.is_prompt = self.replayed is not None or (is_long and not self.as_generated)
         if self.replayed is not None:
@@ -137,7 +143,7 @@ class RoutingState:
             scores (`Tensor` of shape `(batch, tokens)`):
                 One score per new column.
         """
-        self._scores[block] = scores.detach().float()
+        self.scores[block] = scores.detach().float()
         if self.config.router_type == "one_pass":
             self._ask_router(self.routed, self._table(block + 1))
 
@@ -166,86 +172,102 @@ class RoutingState:
 
     def _table(self, block: int) -> Tensor:
         """The latest score of every token before a block, folded from the slots of the blocks before it."""
-        table = torch.zeros(self.real.shape, device=self.real.device)
-        for earlier in sorted(self._scores):
+        table = torch.zeros(self.prompt.shape, device=self.real.device)
+        for earlier in sorted(self.scores):
             if earlier < block:
                 plan = self.plans.get(earlier)
-                took_part = self.real if plan is None else plan.keep.to(table.device)
-                table = update_table(table, self._scores[earlier].to(table.device), took_part)
+                took_part = self.prompt if plan is None else plan.keep.to(table.device)
+                table = update_table(table, self.scores[earlier].to(table.device), took_part)
         return table
 
     def _ask_router(self, blocks: Sequence[int], table: Tensor) -> None:
         """Decides for blocks, from one table of scores."""
         config = self.config
         sparsities = [self.schedule[block] for block in blocks]
-        factors = router_factors(table, self.real, sparsities, config.normalize_scores)
+        factors = router_factors(table, self.prompt, sparsities, config.normalize_scores)
         logits = self.router(factors)
         self.logits |= dict(zip(blocks, logits, strict=True))
         decided = logits.detach()
         if config.selection == "budget":
             priority = (decided[..., 1] - decided[..., 0]).masked_fill(self._forced(), torch.inf)
-            forced = config.always_keep_first + config.always_keep_last
-            self._set_budget(blocks, lambda counts: select_budget(priority, self.real, counts), at_least=forced)
+            self._set_budget(blocks, lambda counts: select_budget(priority, self.prompt, counts), self._num_forced())
             return
-        short = torch.tensor([self._runs_dense(tokens) for tokens in self.lengths], device=self.real.device)
-        keep = select_threshold(decided, self.real) | self._forced() | (self.real & short.unsqueeze(-1))
+        short = torch.tensor([self._runs_dense(tokens) for tokens in self.prompt_lengths], device=self.prompt.device)
+        keep = select_threshold(decided, self.prompt) | self._forced() | (self.prompt & short.unsqueeze(-1))
         self._set(blocks, keep, keep.sum(-1).tolist())
 
     def _forced(self) -> Tensor:
         """Tokens that learned routers always keep."""
-        newest_first = self.real.flip(-1).cumsum(-1).flip(-1)
-        first = (self.real.cumsum(-1) <= self.config.always_keep_first) & self._starts().unsqueeze(-1)
-        return self.real & (first | (newest_first <= self.config.always_keep_last))
+        newest_first = self.prompt.flip(-1).cumsum(-1).flip(-1)
+        first = (self.prompt.cumsum(-1) <= self.config.always_keep_first) & self._starts().unsqueeze(-1)
+        return self.prompt & (first | (newest_first <= self.config.always_keep_last))
+
+    def _num_forced(self) -> list[int]:
+        """How many these are in each sample, if it is long enough."""
+        first, last = self.config.always_keep_first, self.config.always_keep_last
+        if self.past == 0 or self.past_real is None:
+            return [last + (first if self.past == 0 else 0)] * len(self.lengths)
+        return [last + first * starts for starts in self._starts().tolist()]
 
     def _starts(self) -> Tensor:
         """Which samples begin in this call: their first token is the attention sink, that of a later chunk is not."""
         if self.past == 0:
-            return torch.ones(len(self.real), dtype=torch.bool, device=self.real.device)
+            return torch.ones(len(self.prompt), dtype=torch.bool, device=self.prompt.device)
         if self.past_real is None:
-            return torch.zeros(len(self.real), dtype=torch.bool, device=self.real.device)
+            return torch.zeros(len(self.prompt), dtype=torch.bool, device=self.prompt.device)
         return ~self.past_real.any(-1)
 
     def _decide_without_router(self) -> None:
         if not self.routed:
             return
         if self.config.router_type == "static":
-            sink = self.real & (self.real.cumsum(-1) == 1) & self._starts().unsqueeze(-1)
-            priority = static_priority(self.real, sink).expand(len(self.routed), *self.real.shape)
+            sink = self.prompt & (self.prompt.cumsum(-1) == 1) & self._starts().unsqueeze(-1)
+            priority = static_priority(self.prompt, sink).expand(len(self.routed), *self.prompt.shape)
         else:
             generator = torch.Generator().manual_seed(self.config.random_seed)
-            priority = torch.rand(len(self.schedule), *self.real.shape, generator=generator)[self.routed]
-            priority = priority.to(self.real.device)
-        self._set_budget(self.routed, lambda counts: select_budget(priority, self.real, counts))
+            priority = torch.rand(len(self.schedule), *self.prompt.shape, generator=generator)[self.routed]
+            priority = priority.to(self.prompt.device)
+        self._set_budget(self.routed, lambda counts: select_budget(priority, self.prompt, counts))
 
-    def _set_budget(self, blocks: Sequence[int], select: Callable[[Tensor], Tensor], at_least: int = 0) -> None:
+    def _set_budget(
+        self, blocks: Sequence[int], select: Callable[[Tensor], Tensor], at_least: Sequence[int] | None = None
+    ) -> None:
         """Counts are known from the lengths, so nothing has to wait for the device."""
+        at_least = [0] * len(self.lengths) if at_least is None else at_least
         counts = [
             [
-                tokens if self._runs_dense(tokens) else kept_count(tokens, self.schedule[block], at_least)
-                for tokens in self.lengths
+                tokens if self._runs_dense(tokens) else kept_count(tokens, self.schedule[block], forced)
+                for tokens, forced in zip(self.prompt_lengths, at_least, strict=True)
             ]
             for block in blocks
         ]
-        self._set(blocks, select(torch.tensor(counts, device=self.real.device)), counts)
+        self._set(blocks, select(torch.tensor(counts, device=self.prompt.device)), counts)
 
     def _runs_dense(self, tokens: int) -> bool:
         return tokens < self.config.min_tokens
 
-    def _follow_decode_policy(self) -> None:
-        """Skips whole blocks, all samples alike, so that batches stay regular."""
+    @cached_property
+    def _skipped_in_decode(self) -> list[int]:
+        """Blocks that generated tokens skip, in all samples alike, so that batches stay regular."""
         config = self.config
         if config.decode_policy == "keep":
-            return
-        skipped = [block for block in self.routed if self.schedule[block] > config.decode_threshold]
-        if skipped:
+            return []
+        return [block for block in self.routed if self.schedule[block] > config.decode_threshold]
+
+    def _follow_decode_policy(self) -> None:
+        if self._skipped_in_decode:
             nothing = KeepPlan(torch.zeros_like(self.real), [0] * len(self.lengths))
-            self.plans = dict.fromkeys(skipped, nothing)
+            self.plans = dict.fromkeys(self._skipped_in_decode, nothing)
 
     def _replay(self, masks: Mapping[int, Tensor]) -> None:
         blocks = sorted(masks)
-        keep = torch.stack([masks[block].to(self.real.device).bool() for block in blocks]) & self.real
-        self._set(blocks, keep, keep.sum(-1).tolist())
+        if blocks:
+            keep = torch.stack([masks[block].to(self.real.device).bool() for block in blocks]) & self.real
+            self._set(blocks, keep, keep.sum(-1).tolist())
 
     def _set(self, blocks: Sequence[int], keep: Tensor, counts: list[list[int]]) -> None:
         for block, mask, kept in zip(blocks, keep, counts, strict=True):
+            if self.generated is not None and block not in self._skipped_in_decode:
+                mask = mask | (self.real & self.generated)
+                kept = mask.sum(-1).tolist()
             self.plans[block] = KeepPlan(mask, kept, is_full=kept == self.lengths)

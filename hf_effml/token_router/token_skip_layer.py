@@ -5,24 +5,27 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from .gate_gradients import key_gate_gradient
 from .routing_state import KeepPlan, RoutingState
 from .token_skip_cache import TokenSkipCacheLayer
 
 
 # `past_key_values` until Transformers 5.23, `cache` from then on.
 CACHE_ARGUMENT = "cache" if "cache" in inspect.signature(LlamaDecoderLayer.forward).parameters else "past_key_values"
+# For type checkers: the next class in line is that of the block.
+_Block: Any = nn.Module if TYPE_CHECKING else object
 # Queries scored at a time when all of them count.
 _QUERY_CHUNK = 128
 
 
-class TokenSkipMixin:
+class TokenSkipMixin(_Block):
     """Lets a decoder block skip tokens: `type("TokenSkipX", (TokenSkipMixin, X), {})`.
 
     Parameters keep their names. Without the keyword argument `token_routing` a block is what it was.
@@ -58,10 +61,11 @@ class _CacheView:
 
     store: Callable[[Tensor, Tensor, int, tuple, dict], tuple[Tensor, Tensor]]
     keys: Tensor | None = None
+    values: Tensor | None = None
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         key, value = self.store(key, value, layer_idx, args, kwargs)
-        self.keys = key.detach()
+        self.keys, self.values = key.detach(), value.detach()
         return key, value
 
 
@@ -134,15 +138,19 @@ class _BlockCall:
             if layer is not None:
                 layer.advance(columns)
             return self.hidden
-        order, valid = self._compact(plan)
-        index = order[:, :kept]
-        rows = _flat(index, columns)
-        given = _take(self.hidden, rows, index)
-        rotary = tuple(_take_columns(part, index) for part in self.rotary)
+        everything = plan.is_full and not self._padded
+        if everything:
+            index = torch.arange(columns, device=self.hidden.device).expand(len(self.hidden), -1)
+            valid, given, rotary = None, self.hidden, self.rotary
+        else:
+            order, valid = self._compact(plan)
+            index = order[:, :kept]
+            rows = _flat(index, columns)
+            given, rotary = _take(self.hidden, rows, index), tuple(_take_columns(part, index) for part in self.rotary)
         positions = index + self.routing.past
         positions = positions if valid is None else positions.masked_fill(~valid, -1)
-        past = None if layer is None else layer.positions
-        mask = self._mask(positions, past, past is not None and layer.has_holes, valid)
+        past, holes = (None, False) if layer is None else (layer.positions, layer.has_holes)
+        mask = self._mask(positions, past, holes, valid)
 
         def store(key: Tensor, value: Tensor, layer_idx: int, args: tuple, more: dict) -> Any:
             if self.cache is None:
@@ -155,7 +163,10 @@ class _BlockCall:
         if self.routing.wants_score(self.index):
             own = torch.ones_like(index, dtype=torch.bool) if valid is None else valid
             keys_real = own if past is None else torch.cat([past >= 0, own], dim=1)
-            self._add_score(given, rotary, view.keys, valid, keys_real, index)
+            took_part = valid if self.routing.generated is None else own & self.routing.prompt.gather(1, index)
+            self._add_score(given, rotary, view.keys, took_part, keys_real, index)
+        if everything:
+            return output
         if valid is not None:
             output = torch.where(valid.unsqueeze(-1), output, given)
         return _put(self.hidden, rows, output)
@@ -213,7 +224,7 @@ class _BlockCall:
         rotary = tuple(_take_columns(part, index) for part in self.rotary)
         output = self._block(given, self._as_mask(self._visible(index)), rotary, view)
         if self.routing.wants_score(self.index):
-            self._add_score(self.hidden, self.rotary, view.keys, plan.keep, self._real_columns())
+            self._add_score(self.hidden, self.rotary, view.keys, plan.keep & self.routing.prompt, self._real_columns())
         if valid is not None:
             output = torch.where(valid.unsqueeze(-1), output, given)
         return _put(self.hidden, rows, output)
@@ -222,10 +233,11 @@ class _BlockCall:
         """Rotated keys, and values, of some columns."""
         attention = self.block.self_attn
         given = self.block.input_layernorm(_take(self.hidden, _flat(index, self.hidden.shape[1]), index))
-        shape = (*index.shape, -1, attention.head_dim)
-        key, value = attention.k_proj(given).view(shape), attention.v_proj(given).view(shape).transpose(1, 2)
+        key, value = (
+            layer(given).unflatten(-1, (-1, attention.head_dim)) for layer in (attention.k_proj, attention.v_proj)
+        )
         key = attention.k_norm(key) if hasattr(attention, "k_norm") else key
-        key = key.transpose(1, 2)
+        key, value = key.transpose(1, 2), value.transpose(1, 2)
         cos, sin = (_take_columns(part, index) for part in self.rotary)
         return _rotate(attention, key, cos, sin), value
 
@@ -275,28 +287,48 @@ class _BlockCall:
                 f'Training a router needs masks that `attn_implementation="{self.implementation}"` does not take; '
                 'load the model with "sdpa" or "eager".'
             )
+        if not torch.is_grad_enabled():
+            raise RuntimeError(
+                "The router got no gradient: reentrant gradient checkpointing cuts it off. Set "
+                '`gradient_checkpointing_kwargs={"use_reentrant": False}`.'
+            )
         routing = self.routing
         likely = routing.logits[self.index].softmax(-1)[..., 1].to(self.hidden.device)
-        gate = (plan.keep.to(likely) + likely - likely.detach()).unsqueeze(-1).to(self.hidden.dtype)
-        gate = gate * routing.real.unsqueeze(-1)
+        # Only tokens that the router decides on have a gradient.
+        key_gate = plan.keep.to(likely) + (likely - likely.detach()) * routing.prompt
+        gate = key_gate.unsqueeze(-1).to(self.hidden.dtype)
         view = _CacheView(self._store_as_it_is)
         if routing.config.skip_unit == "mlp":
             hidden = self.hidden + self._attention(self.hidden, self.kwargs | {CACHE_ARGUMENT: view})
             output = hidden + gate * self._mlp(hidden)
-            took_part, keys_real = routing.real, None
+            took_part, keys_real = routing.prompt, routing.real
         else:
             keys_real = routing.real if routing.config.kv_policy == "keep" else plan.keep
             columns = torch.arange(self.hidden.shape[1], device=self.hidden.device)
-            own = torch.eye(len(columns), dtype=torch.bool, device=columns.device)
-            visible = (keys_real.unsqueeze(1) & (columns <= columns.unsqueeze(1))) | own
-            output = self.dense(
-                self.hidden, **(self.kwargs | {"attention_mask": self._as_mask(visible), CACHE_ARGUMENT: view})
-            )
+            earlier, own = columns <= columns.unsqueeze(1), columns == columns.unsqueeze(1)
+            visible = (keys_real.unsqueeze(1) & earlier) | own
+            kwargs = self.kwargs | {"attention_mask": self._as_mask(visible), CACHE_ARGUMENT: view}
+            hidden = self.hidden + self._attention(self.hidden, kwargs)
+            if routing.config.kv_policy == "drop":
+                causal = (routing.real.unsqueeze(1) & earlier) | own
+                hidden = hidden + self._key_gradient(view, causal, visible, key_gate)
+            output = hidden + self._mlp(hidden)
             output = gate * output + (1 - gate) * self.hidden
-            took_part = plan.keep
+            took_part = plan.keep & routing.prompt
         if routing.wants_score(self.index):
             self._add_score(self.hidden, self.rotary, view.keys, took_part, keys_real)
         return output
+
+    def _key_gradient(self, view: _CacheView, causal: Tensor, visible: Tensor, gate: Tensor) -> Tensor:
+        """Zeros that tell the router what skipped keys are missed for; see [`key_gate_gradient`]."""
+        assert view.keys is not None and view.values is not None
+        everything = torch.arange(self.hidden.shape[1], device=self.hidden.device).expand(len(self.hidden), -1)
+        with torch.no_grad():
+            query = _queries(self.block, self.hidden, self.rotary, everything)
+        zeros = key_gate_gradient(query, view.keys, view.values, causal, visible, gate).to(self.hidden.dtype)
+        project = self.block.self_attn.o_proj
+        # The difference has no bias.
+        return project(zeros) - project(zeros.detach())
 
     # Shared steps
 
@@ -354,19 +386,19 @@ class _BlockCall:
         config = self.routing.config
         limit = {"last": 1, "window": config.score_window, "mean": given.shape[1]}[config.score_mode]
         with torch.no_grad():
-            scores = _score_tokens(self.block, given, rotary, keys, keys_real, took_part, limit)
+            scores = score_tokens(self.block, given, rotary, keys, keys_real, took_part, limit)
         if index is not None:
             scores = torch.zeros_like(self.hidden[..., 0], dtype=scores.dtype).scatter(1, index, scores)
         self.routing.add_score(self.index, scores)
 
     def _add_dense_score(self, keys: Tensor) -> None:
         """The same where all columns were processed."""
-        took_part = self.routing.real if self._padded else None
+        took_part = self.routing.prompt if self._padded or self.routing.generated is not None else None
         has_padding = self._padded or self.routing.past_real is not None
         self._add_score(self.hidden, self.rotary, keys, took_part, self._real_columns() if has_padding else None)
 
 
-def _score_tokens(
+def score_tokens(
     block: nn.Module,
     given: Tensor,
     rotary: tuple[Tensor, ...],
@@ -423,7 +455,7 @@ def _flat(index: Tensor, columns: int) -> Tensor:
 
 
 def _take(hidden: Tensor, rows: Tensor, index: Tensor) -> Tensor:
-    return hidden.flatten(0, 1).index_select(0, rows).view(*index.shape, -1)
+    return hidden.flatten(0, 1).index_select(0, rows).view(*index.shape, hidden.shape[-1])
 
 
 def _put(hidden: Tensor, rows: Tensor, values: Tensor) -> Tensor:

@@ -4,13 +4,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from .imports import require
 
 
 _COLOURS = ("#2a6f97", "#e07a1f", "#5a8f3c", "#8e5ea2", "#b23a48")
-_INK, _GRID = "#333333", "#e4e4e4"
+_INK, _FAINT, _GRID, _SKIPPED = "#333333", "#777777", "#e4e4e4", "#dfe7ec"
+# More tokens than that cannot be read side by side, nor can more blocks one above the other.
+_MOST_LABELS, _MOST_BLOCKS, _LONGEST_LABEL = 64, 48, 14
 
 
 def plot_trade_off(
@@ -92,6 +95,90 @@ def plot_images(
     _save(figure, path)
 
 
+def plot_routing(keep_masks: Any, tokens: Sequence[str], path: str | Path, *, title: str) -> None:
+    """Draws which tokens of a prompt each block of a language model processed: tokens across, the first block below.
+
+    Args:
+        keep_masks (`Tensor` or array of shape `(blocks, tokens)`):
+            `True` where a block processed a token.
+        tokens (`Sequence[str]`):
+            The text of each token. Up to 64 of them stand below the picture, the numbers of longer prompts instead.
+        path (`str` or `Path`):
+            PNG file to write.
+        title (`str`):
+            What the picture shows.
+
+    Raises:
+        ValueError: If there is not one text per column.
+
+    Example:
+
+    ```python
+    >>> import numpy as np
+    >>> from hf_effml.utils.plotting import plot_routing
+
+    >>> plot_routing(np.eye(3, dtype=bool), ["Once", " upon", " a"], "kept.png", title="Kept")  # doctest: +SKIP
+    ```
+    """
+    kept = np.asarray(keep_masks, dtype=bool)
+    if kept.ndim != 2 or kept.shape[1] != len(tokens):
+        raise ValueError(
+            f"`keep_masks` must have the shape (blocks, tokens), with {len(tokens)} tokens; got {kept.shape}. Choose "
+            "one prompt of a batch: `report.keep_masks[:, 0]`."
+        )
+    blocks, count = kept.shape
+    labelled = count <= _MOST_LABELS
+    width = max(7.0, 0.19 * count + 1.6) if labelled else 12.0
+    height = max(1.0, min(0.19 * blocks, 8.0)) + 1.6
+    pyplot, colors = require("matplotlib.pyplot"), require("matplotlib.colors")
+    figure, axes = pyplot.subplots(figsize=(width, height), layout="constrained")
+    axes.pcolormesh(
+        np.arange(count + 1) - 0.5,
+        np.arange(blocks + 1) - 0.5,
+        kept,
+        cmap=colors.ListedColormap([_SKIPPED, _COLOURS[0]]),
+        vmin=0,
+        vmax=1,
+        edgecolors="white",
+        linewidth=0.6 if labelled else 0,
+    )
+    # Lines between blocks only, where columns are narrow.
+    axes.hlines(np.arange(1, blocks) - 0.5, -0.5, count - 0.5, color="white", linewidth=0.6)
+    _label_tokens(axes, tokens, labelled)
+    _label_blocks(axes, kept.mean(1))
+    patches = require("matplotlib.patches")
+    meanings = ((_COLOURS[0], "processed"), (_SKIPPED, "skipped"))
+    handles = [patches.Patch(facecolor=colour, label=meaning) for colour, meaning in meanings]
+    figure.legend(handles=handles, loc="outside lower right", ncols=2, frameon=False, fontsize=9)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold", color=_INK)
+    _save(figure, path)
+
+
+def _label_blocks(axes: Any, processed: Any) -> None:
+    """Numbers on the left, the share that each block processed on the right."""
+    step = 1 if len(processed) <= _MOST_BLOCKS else 4
+    ticks = range(0, len(processed), step)
+    axes.set_yticks(ticks, labels=[str(block) for block in ticks], fontsize=8)
+    axes.set_ylabel("block", fontsize=9)
+    shares = axes.secondary_yaxis("right")
+    shares.set_yticks(ticks, labels=[f"{processed[block]:.0%}" for block in ticks], fontsize=8, color=_FAINT)
+    shares.set_ylabel("processed", fontsize=8, color=_FAINT)
+    for side in (axes, shares):
+        side.tick_params(length=0)
+        side.spines[:].set_visible(False)
+
+
+def _label_tokens(axes: Any, tokens: Sequence[str], labelled: bool) -> None:
+    """The tokens themselves where they can be read, their numbers otherwise."""
+    if not labelled:
+        axes.set_xlabel("token of the prompt", fontsize=9)
+        axes.tick_params(axis="x", labelsize=8)
+        return
+    texts = [token.replace("\n", "\\n").strip() or "\u2423" for token in tokens]
+    texts = [text if len(text) <= _LONGEST_LABEL else f"{text[: _LONGEST_LABEL - 1]}\u2026" for text in texts]
+    axes.set_xticks(range(len(tokens)), labels=texts, rotation=90, fontsize=8, parse_math=False)
+
+
 def _figure(width: float, height: float) -> tuple[Any, Any]:
     figure, axes = require("matplotlib.pyplot").subplots(figsize=(width, height), layout="constrained")
     axes.spines[["top", "right"]].set_visible(False)
@@ -102,6 +189,6 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
 
 def _save(figure: Any, path: str | Path, note: str = "") -> None:
     if note:
-        figure.supxlabel(note, fontsize=8, color="#777777", x=0.01, ha="left")
+        figure.supxlabel(note, fontsize=8, color=_FAINT, x=0.01, ha="left")
     figure.savefig(path, dpi=150, facecolor="white")
     require("matplotlib.pyplot").close(figure)

@@ -6,8 +6,10 @@ import re
 import pytest
 from huggingface_hub import ModelCard, ModelCardData
 
+from helpers import run_python, tiny_language_model, tiny_tokenizer
+from hf_effml import TokenRouterConfig, TokenRouterModel
 from hf_effml.hub import CardResult, add_results, render_model_card, write_model_card
-from hf_effml.hub.cards import set_model_id
+from hf_effml.hub.cards import is_hub_id, set_model_id
 from hf_effml.hub.privacy import find_private, scrub, scrub_command
 from hf_effml.methods import METHODS
 
@@ -163,6 +165,82 @@ def test_metadata_without_a_task_gets_no_index(folder):
     card = render_model_card(folder, config={}, results=RESULTS, evaluated_on="digits")
     assert card.data.pipeline_tag is None and card.data.eval_results is None
     assert isinstance(card.data, ModelCardData)
+
+
+ROUTER = {
+    "architectures": ["TokenRouterModel"],
+    "auto_map": {"AutoModelForCausalLM": "modeling_token_router.TokenRouterModel"},
+    "base_model_name_or_path": "alice/llama",
+    "min_tokens": 64,
+    "model_type": "token_router",
+}
+FULL = {
+    "architectures": ["TokenRouterLlamaForCausalLM"],
+    "auto_map": {"AutoModelForCausalLM": "modeling_token_router_causal_lm.TokenRouterLlamaForCausalLM"},
+    "id2label": {"0": "LABEL_0", "1": "LABEL_1"},
+    "model_type": "token_router_llama",
+    "token_router": {"base_model_name_or_path": "alice/llama", "min_tokens": 0},
+}
+
+
+def test_card_of_a_router(tmp_path):
+    results = [CardResult("Accuracy", 0.5, 0.6, "accuracy")]
+    card = render_model_card(
+        tmp_path, "alice/r", config=ROUTER, method="token-router", results=results, evaluated_on="arc_easy"
+    )
+    assert (card.data.pipeline_tag, card.data.base_model) == ("text-generation", "alice/llama")
+    assert card.data.eval_results[0].task_type == "text-generation"
+    assert {"token-router", "arxiv:2412.11494"} <= set(card.data.tags)
+    assert "AutoModelForCausalLM.from_pretrained(model_id, trust_remote_code=True)" in card.text
+    assert "AutoTokenizer.from_pretrained(model.config.base_model_name_or_path)" in card.text
+    assert "Starting point: [`alice/llama`]" in card.text
+    for limit in ("Routing is not causal", "less than 64 tokens run dense", "no other", "prompt length"):
+        assert limit in card.text
+    assert "picture" not in card.text and "{{" not in card.text
+
+
+def test_card_of_a_full_checkpoint(tmp_path):
+    text = render_model_card(tmp_path, config=FULL).text
+    assert 'AutoTokenizer.from_pretrained(model.config.token_router["base_model_name_or_path"])' in text
+    assert "classes" not in text and "run dense" not in text and "print(model.routing_report)" in text
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert (
+        "AutoTokenizer.from_pretrained(model_id, trust_remote_code=True)"
+        in render_model_card(tmp_path, config=FULL).text
+    )
+
+
+def test_card_of_any_language_model(tmp_path):
+    text = render_model_card(tmp_path, config={"architectures": ["LlamaForCausalLM"]}).text
+    assert "AutoTokenizer.from_pretrained(model_id)\n" in text and "routing" not in text.lower()
+
+
+@pytest.mark.parametrize("kind", ["router", "full"])
+def test_snippets_of_language_models_run(kind, tmp_path):
+    tiny_language_model(vocab_size=258).save_pretrained(tmp_path / "base")
+    tiny_tokenizer(bos_token="<s>").save_pretrained(tmp_path / "base")
+    model = tiny_language_model(vocab_size=258)
+    config = TokenRouterConfig(target_sparsity=0.3, base_model_name_or_path="base")
+    model = TokenRouterModel(model, config)
+    if kind == "full":
+        model = model.to_full_checkpoint()
+        tiny_tokenizer(bos_token="<s>").save_pretrained(tmp_path / kind)
+    model.save_pretrained(tmp_path / kind)
+    text = write_model_card(tmp_path / kind, method="token-router").read_text()
+    snippet = re.search(r"```python\n(.*?)```", text, flags=re.S)[1]
+    printed = run_python(snippet, cwd=tmp_path, without_package=True)
+    assert "% skipped" in printed.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "name, answer",
+    [("alice/llama", True), ("gpt2", True), (None, False), ("/srv/llama", False), ("./x", False), ("a/b/c", False)],
+)
+def test_is_hub_id(name, answer, tmp_path, monkeypatch):
+    assert is_hub_id(name) is answer
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gpt2").mkdir()
+    assert not is_hub_id("gpt2")
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,18 @@ def test_adapters_and_harmless_names_pass(folder):
     check_folder(folder)
 
 
+def test_a_router_needs_its_base_model_on_the_hub(folder):
+    config = {"architectures": ["TokenRouterModel"], "model_type": "token_router"}
+    (folder / "config.json").write_text(json.dumps(config | {"base_model_name_or_path": "alice/llama"}))
+    check_folder(folder)
+    for name in (None, str(folder)):
+        (folder / "config.json").write_text(json.dumps(config | {"base_model_name_or_path": name}))
+        with pytest.raises(
+            ValueError, match=r"base model `.*` is not one on the Hub: push that first .*to_full_checkpoint"
+        ):
+            check_folder(folder)
+
+
 PUSH = """
 import json
 from hf_effml.hub import push_folder

@@ -1,0 +1,213 @@
+"""Asks what skipping tokens costs in the text that follows, and whether a trained router beats the static rule.
+
+Example: `python scripts/experiment_token_router.py --recipe stories --output_dir experiments`
+"""
+
+import statistics
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import set_seed
+
+from hf_effml import (
+    TokenRouterConfig,
+    TokenRouterModel,
+    TokenRouterTrainer,
+    TokenRouterTrainingArguments,
+    block_influence,
+    remove_blocks,
+    score_continuations,
+    search_sparsity_schedule,
+    shortgpt_blocks,
+)
+from hf_effml.cli.parsing import parse_arguments, run_script
+from hf_effml.scripts._start_language_model import load_language_model
+from hf_effml.token_router.continuations import continuation_logits
+from hf_effml.token_router.patching import copy_config
+from hf_effml.utils.benchmark import describe_run, markdown_table, write_report
+from hf_effml.utils.text_data import load_text, make_windows
+
+
+@dataclass
+class ExperimentArguments:
+    """The model, the data and how long to train."""
+
+    model_name_or_path: str = field(metadata={"help": "Folder or Hub id of a language model."})
+    data: str = field(metadata={"help": "Texts: a file, a folder, or a data set on the Hub."})
+    output_dir: str = field(default="experiments", metadata={"help": "Folder for the table and the numbers."})
+    name: str = field(default="token_router_stories", metadata={"help": "Name of the files."})
+    seeds: list[int] = field(
+        default_factory=lambda: [0, 1, 2], metadata={"help": "Of random tokens, search and training."}
+    )
+    sparsities: list[float] = field(
+        default_factory=lambda: [0.22, 0.4], metadata={"help": "Shares of the tokens that skip a block."}
+    )
+    single_line_breaks: bool = field(default=True, metadata={"help": "Replace double line breaks by single ones."})
+    packed: bool = field(default=True, metadata={"help": "Cut windows across texts, or each from one text."})
+    prompt_length: int = field(default=192, metadata={"help": "Tokens that are routed."})
+    continuation_length: int = field(default=64, metadata={"help": "Tokens after them that are scored."})
+    eval_windows: int = field(default=128, metadata={"help": "Texts to measure on."})
+    search_windows: int = field(default=48, metadata={"help": "Texts to search the schedule on."})
+    generations: int = field(default=5, metadata={"help": "Of the search."})
+    steps: int = field(default=150, metadata={"help": "Of training, with four texts each."})
+
+
+DENSE, RANDOM, STATIC, SEARCHED = "dense", "random tokens", "static", "static, searched schedule"
+STATIC_KEPT, SHORTGPT = "static, K/V kept", "ShortGPT, blocks removed"
+# What is trained: changes of the configuration and of the training arguments.
+TRAINED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "one-pass, trained": ({}, {}),
+    "dynamic, trained": ({"router_type": "dynamic"}, {}),
+    "one-pass, trained on all tokens": ({}, {"continuation_share": 0.0}),
+    "one-pass, trained, by threshold": ({"selection": "threshold"}, {}),
+}
+
+
+def main(argv: list[str] | None = None) -> dict[str, object]:
+    """Runs the program with the arguments `argv` (the command line's when None) and returns its results."""
+    (args,) = parse_arguments(
+        ExperimentArguments,
+        argv=argv,
+        prog="scripts/experiment_token_router.py",
+        description=__doc__,
+        recipe_prefix="experiment_token_router",
+    )
+    torch.set_num_threads(1)
+    found: dict[tuple[float, str], list[dict[str, Any]]] = {}
+    for seed in args.seeds:
+        for sparsity in args.sparsities:
+            for way, measured in _run(args, sparsity, seed):
+                found.setdefault((sparsity, way), []).append(measured)
+                print(f"seed {seed}, {sparsity:g}, {way}: KL {measured['kl']:.5f}", flush=True)
+        # Written after every seed: what is done is not lost.
+        rows = [_row(key, values) for key, values in found.items()]
+        gates = _gates(found)
+        settings = {name: value for name, value in vars(args).items() if name != "output_dir"}
+        run = {"arguments": settings, "run": describe_run(seed=seed, rounds=1), "rows": rows, "gates": gates}
+        report = write_report(args.output_dir, args.name, run, [markdown_table(rows), markdown_table(gates)])
+    print(f"\n{report.read_text(encoding='utf-8')}\nWrote {report} and {report.with_suffix('.json').name}.")
+    return {"rows": rows, "gates": gates}
+
+
+def _run(args: ExperimentArguments, sparsity: float, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Ways to skip, and what was measured, one after the other; the dense model first."""
+    data = load_text(args.data)
+    length = args.prompt_length + args.continuation_length
+    base, tokenizer = load_language_model(args.model_name_or_path)
+
+    def windows(texts: list[str], limit: int | None) -> Any:
+        options = {"limit": limit, "single_line_breaks": args.single_line_breaks, "packed": args.packed}
+        return make_windows(texts, tokenizer, length, **options)
+
+    test, train = windows(data.test, args.eval_windows), windows(data.train, None)
+    config = TokenRouterConfig(target_sparsity=sparsity, decode_policy="keep", random_seed=seed)
+    model = TokenRouterModel(base, config)
+    with model.disable_routing():
+        reference = torch.cat(list(continuation_logits(model.model, test, args.prompt_length, 32)))
+
+    def score(which: Any, changes: dict[str, Any] | None = None) -> dict[str, Any]:
+        chosen = None if changes is None else copy_config(model.config, **changes)
+        scores = score_continuations(
+            which, test, args.prompt_length, batch_size=32, reference=reference, token_router_config=chosen
+        )
+        return {name: getattr(scores, name) for name in ("cross_entropy", "kl", "prompt_cross_entropy", "sparsity")}
+
+    nothing = {"target_sparsity": 0.0, "sparsity_schedule": [0.0] * len(config.schedule)}
+    yield DENSE, score(model, nothing)
+    yield RANDOM, score(model, {"router_type": "random"})
+    yield STATIC, score(model, {"router_type": "static"})
+    yield STATIC_KEPT, score(model, {"router_type": "static", "kv_policy": "keep"})
+    found = search_sparsity_schedule(
+        model,
+        train[: args.search_windows],
+        args.prompt_length,
+        generations=args.generations,
+        seed=seed,
+        batch_size=16,
+        apply=False,
+    )
+    yield SEARCHED, score(model, {"router_type": "static", "sparsity_schedule": list(found.schedule)})
+    influence = block_influence(model.model, train[: args.search_windows])
+    count = max(1, round(sparsity * len(influence)))
+    yield SHORTGPT, score(remove_blocks(model.model, shortgpt_blocks(influence, count)))
+    for way, (changes, settings) in TRAINED.items():
+        set_seed(seed)
+        fresh, _ = load_language_model(args.model_name_or_path)
+        student = TokenRouterModel(fresh, copy_config(config, **changes))
+        _train(student, train, args, seed, settings)
+        yield way, score(student.eval())
+
+
+def _train(model: TokenRouterModel, windows: Any, args: ExperimentArguments, seed: int, settings: dict) -> None:
+    arguments = TokenRouterTrainingArguments(
+        args.output_dir,
+        max_steps=args.steps,
+        per_device_train_batch_size=4,
+        seed=seed,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        **settings,
+    )
+    TokenRouterTrainer(model, arguments, train_dataset=[{"input_ids": window} for window in windows]).train()
+
+
+def _row(key: tuple[float, str], values: list[dict[str, Any]]) -> dict[str, Any]:
+    """Means and spreads over the seeds."""
+    sparsity, way = key
+    row: dict[str, Any] = {"asked": sparsity, "way": way}
+    for name, digits in (("cross_entropy", 4), ("kl", 5), ("prompt_cross_entropy", 3), ("sparsity", 4)):
+        numbers = [value[name] for value in values]
+        spread = statistics.stdev(numbers) if len(numbers) > 1 else 0.0
+        row[name] = f"{statistics.mean(numbers):.{digits}f}" + (f" ± {spread:.{digits}f}" if spread else "")
+    return row
+
+
+def _gates(found: dict[tuple[float, str], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """What the method has to show, beside what it showed: the worst of the seeds."""
+    rows = []
+    limits = {0.22: 0.010, 0.4: 0.020}
+    for sparsity in sorted({sparsity for sparsity, _ in found}):
+        kl = {way: [value["kl"] for value in values] for (share, way), values in found.items() if share == sparsity}
+        loss = {
+            way: [value["cross_entropy"] for value in values]
+            for (share, way), values in found.items()
+            if share == sparsity
+        }
+        delta = {
+            way: [own - dense for own, dense in zip(losses, loss[DENSE], strict=True)] for way, losses in loss.items()
+        }
+        static = delta[STATIC]
+        achieved = [abs(value["sparsity"] - sparsity) for value in found[sparsity, "one-pass, trained"]]
+        checks = [
+            ("cross-entropy that the static rule adds", max(static), "at most", limits.get(sparsity)),
+            ("random over static", min(r / s for r, s in zip(delta[RANDOM], static, strict=True)), "at least", 5.0),
+            (
+                "ShortGPT over static",
+                min(r / s for r, s in zip(delta[SHORTGPT], static, strict=True)),
+                "at least",
+                20.0,
+            ),
+            ("KL, K/V kept over dropped", _worst(kl[STATIC_KEPT], kl[STATIC]), "at most", 1.0),
+            ("KL, one-pass over static", _worst(kl["one-pass, trained"], kl[STATIC]), "at most", 1.5),
+            ("KL, dynamic over static", _worst(kl["dynamic, trained"], kl[STATIC]), "at most", 1.5),
+            ("distance from the sparsity asked for", max(achieved), "at most", 0.01),
+        ]
+        for what, value, side, limit in checks:
+            if limit is not None:
+                holds = value <= limit if side == "at most" else value >= limit
+                rows.append({"asked": sparsity, "what": what, "worst seed": round(value, 4)})
+                rows[-1] |= {"gate": f"{side} {limit:g}", "holds": "yes" if holds else "no"}
+    return rows
+
+
+def _worst(own: list[float], other: list[float]) -> float:
+    return max(mine / theirs for mine, theirs in zip(own, other, strict=True))
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))
