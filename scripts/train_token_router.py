@@ -55,16 +55,18 @@ class RoutingArguments:
     num_protected_first: int = field(default=1, metadata={"help": "Blocks at the beginning that skip nothing."})
     num_protected_last: int = field(default=0, metadata={"help": "Blocks at the end that skip nothing."})
     selection: Literal["budget", "threshold"] = field(
-        default="budget", metadata={"help": "Keep an exact number of tokens, or those the router wants."}
+        default="budget", metadata={"help": "Keep so many tokens, or those the router wants."}
     )
     kv_policy: Literal["drop", "keep"] = field(
         default="drop", metadata={"help": "Whether skipped tokens leave keys and values."}
     )
     skip_unit: Literal["block", "mlp"] = field(default="block", metadata={"help": "What is skipped."})
     decode_policy: Literal["threshold", "keep"] = field(
-        default="threshold", metadata={"help": "Whether generated tokens skip blocks of high sparsity."}
+        default="threshold", metadata={"help": "Whether generated tokens skip blocks."}
     )
-    decode_threshold: float = field(default=0.5, metadata={"help": "Sparsity from which they do."})
+    decode_threshold: float = field(
+        default=0.5, metadata={"help": "Sparsity from which generated tokens skip a block."}
+    )
     min_tokens: int = field(default=64, metadata={"help": "Shorter prompts run dense."})
 
 

@@ -339,8 +339,8 @@ def _masks_by_block(masks: Any, blocks: int, shape: tuple[int, int]) -> dict[int
     if not complete or any(block not in range(blocks) or mask.shape != shape for block, mask in given.items()):
         found = tuple(masks.shape) if isinstance(masks, Tensor) else {key: tuple(masks[key].shape) for key in masks}
         raise ValueError(
-            f"`keep_mask` must have the shape {(blocks, *shape)}, or map some of the {blocks} blocks to masks of shape "
-            f"{shape}; got {found}."
+            f"`keep_mask` must have the shape {(blocks, *shape)}, or map some of the {blocks} blocks to masks of "
+            f"shape {shape}; got {found}."
         )
     return given
 

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 
-# Rounding of `sparsity * tokens`: 0.3 * 10 is a little less than 3 in binary.
+# Rounding of `sparsity * tokens`: 0.29 * 100 is a little less than 29 in binary.
 _EPSILON = 1e-6
 # How steeply a fresh router prefers the newest tokens.
 _PRIOR = 2.0

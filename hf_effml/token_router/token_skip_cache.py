@@ -48,7 +48,9 @@ class TokenSkipCacheLayer(DynamicLayer):
         if length:
             converted.lazy_initialization(layer.keys, layer.values)
             converted.keys, converted.values = layer.keys, layer.values
-            columns = torch.arange(length, device=layer.keys.device).expand(layer.keys.shape[0], -1)
+            # Where they are used; an offloaded layer has its keys elsewhere.
+            converted.device = layer.device
+            columns = torch.arange(length, device=layer.device).expand(layer.keys.shape[0], -1)
             converted.positions = columns if real is None else columns.masked_fill(~real, -1)
             converted.cumulative_length, converted.has_holes = length, real is not None
         return converted
@@ -127,7 +129,7 @@ class TokenSkipCacheLayer(DynamicLayer):
         if self.positions is not None:
             stays = (self.positions >= 0) & (self.positions < self.cumulative_length)
             used = stays.any(0).nonzero().squeeze(-1)
-            self._select(lambda tensor, dim: tensor.index_select(dim, used), entries=True)
+            self._select(lambda tensor, dim: tensor.index_select(dim, used.to(tensor.device)), entries=True)
             stays = stays.index_select(1, used)
             self.positions = self.positions.masked_fill(~stays, -1)
             self.has_holes = not bool(stays.all())

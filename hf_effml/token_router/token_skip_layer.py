@@ -137,6 +137,7 @@ class _BlockCall:
         if kept == 0:
             if layer is not None:
                 layer.advance(columns)
+                self._bring_next_layer()
             return self.hidden
         everything = plan.is_full and not self._padded
         if everything:
@@ -170,6 +171,13 @@ class _BlockCall:
         if valid is not None:
             output = torch.where(valid.unsqueeze(-1), output, given)
         return _put(self.hidden, rows, output)
+
+    def _bring_next_layer(self) -> None:
+        """What an offloaded cache does when it is updated, for a block that has nothing to add."""
+        cache: Any = self.cache
+        if cache.offloading:
+            cache.prefetch(self.index + 1, cache.only_non_sliding)
+            cache.offload(self.index, cache.only_non_sliding)
 
     def _mask(self, positions: Tensor, past: Tensor | None, holes: bool, valid: Tensor | None) -> Tensor | None:
         """The attention mask of kept tokens; `None` where the kernel's own causal mask is exact."""

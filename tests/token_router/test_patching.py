@@ -192,6 +192,7 @@ def lora_model(**fields):
     return peft, peft.get_peft_model(model, lora).eval()
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 @pytest.mark.parametrize("router_type", ["one_pass", "dynamic"])
 def test_lora_and_router_together(router_type, tmp_path):
     peft, model = lora_model(router_type=router_type)
@@ -219,6 +220,7 @@ def test_lora_and_router_together(router_type, tmp_path):
     assert report.kv_bytes < report.dense_kv_bytes
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 def test_lora_and_router_learn_together():
     _, model = lora_model()
     ids, mask = texts(2, 20, (0, 6))
@@ -231,6 +233,7 @@ def test_lora_and_router_learn_together():
     assert all(value.grad is None for value in model.parameters() if not value.requires_grad)
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 def test_report_inside_lora():
     _, model = lora_model()
     plain = apply_token_router(tiny_language_model(), config())

@@ -47,22 +47,30 @@ def router_gradients(model):
     return {name: value for name, value in existing_gradients(model).items() if "token_router" in name}
 
 
-@pytest.mark.parametrize("family", ["Llama", "Qwen3", "Qwen3Moe", "Gemma"])
-@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    "family, kernel",
+    [("Llama", "sdpa"), ("Llama", "eager"), ("Qwen3", "sdpa"), ("Qwen3Moe", "sdpa"), ("Gemma", "eager")],
+)
 @every_policy
 def test_training_computes_what_evaluation_computes(family, kernel, policy):
-    """Densely, with gates, it comes to the same outputs and the same decisions."""
-    for router_type in ("one_pass", "dynamic"):
-        for selection in ("budget", "threshold"):
-            model = routed(family, kernel, router_type=router_type, selection=selection, **POLICIES[policy])
-            soft = model(IDS, attention_mask=MASK).logits
-            soft_keep = make_routing_report(model).keep_masks
-            hard = model.eval()(IDS, attention_mask=MASK).logits
-            hard_keep = make_routing_report(model).keep_masks
-            assert torch.equal(soft_keep, hard_keep)
-            assert (~hard_keep & MASK.bool()).any()
-            assert soft.requires_grad
-            assert_close(soft.detach() * MASK[..., None], hard.detach() * MASK[..., None], 1e-5)
+    """Densely, with gates, it comes to the same outputs and the same decisions, also of continued prompts."""
+    continued = (torch.arange(20) >= 15).expand(3, -1)
+    for router_type, selection, generated in (
+        ("one_pass", "budget", None),
+        ("one_pass", "threshold", continued),
+        ("dynamic", "budget", continued),
+        ("dynamic", "threshold", None),
+    ):
+        model = routed(family, kernel, router_type=router_type, selection=selection, **POLICIES[policy])
+        given = {"attention_mask": MASK, "generated": generated}
+        soft = model(IDS, **given).logits
+        soft_keep = make_routing_report(model).keep_masks
+        hard = model.eval()(IDS, **given).logits
+        hard_keep = make_routing_report(model).keep_masks
+        assert torch.equal(soft_keep, hard_keep)
+        assert (~hard_keep & MASK.bool()).any()
+        assert soft.requires_grad
+        assert_close(soft.detach() * MASK[..., None], hard.detach() * MASK[..., None], 1e-5)
 
 
 def heads(states, module):
@@ -122,6 +130,21 @@ def test_weights_learn_alike_where_tokens_really_skip(policy):
     assert_alike(existing_gradients(model), soft, 1e-4)
 
 
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+@every_policy
+def test_gradients_behind_a_cache_are_finite(kernel, policy):
+    """A ragged chunk has fillers, which nothing but themselves can see."""
+    model = routed(kernel=kernel, **POLICIES[policy]).eval()
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(IDS[:, :10], attention_mask=MASK[:, :10], **{CACHE_ARGUMENT: cache})
+    keep = torch.rand(4, 3, 10, generator=torch.Generator().manual_seed(0)) < 0.5
+    logits = model(IDS[:, 10:], attention_mask=MASK, keep_mask=keep, **{CACHE_ARGUMENT: cache}).logits
+    logits.square().mean().backward()
+    gradients = existing_gradients(model)
+    assert len(gradients) > 30 and all(gradient.isfinite().all() for gradient in gradients.values())
+
+
 @learned
 def test_only_the_router_learns(router_type):
     model = routed(router_type=router_type)
@@ -140,8 +163,7 @@ def test_only_the_router_learns(router_type):
 
 @learned
 @every_policy
-@pytest.mark.parametrize("frozen", [True, False])
-@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("frozen, wrapped", [(True, True), (True, False), (False, False)])
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 def test_checkpointing(router_type, policy, frozen, wrapped):
     model = routed(router_type=router_type, **POLICIES[policy])

@@ -48,8 +48,9 @@ def test_kept_count(tokens, sparsity):
 
 
 def test_kept_count_rounds_as_written():
-    """0.3 * 10 is less than 3 in binary, and still three tokens skip."""
-    assert [kept_count(10, share) for share in (0.1, 0.3, 0.7, 0.29)] == [9, 7, 3, 8]
+    """0.29 * 100 is less than 29 in binary, and still 29 tokens skip."""
+    assert int(0.29 * 100) == 28
+    assert [kept_count(100, share) for share in (0.1, 0.29, 0.57, 0.298)] == [90, 71, 43, 71]
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -242,6 +243,10 @@ def test_short_calls_on_a_cache_follow_the_decode_policy():
     assert stricter.keep_masks().flatten(1).any(1).tolist() == [True, False, False, True]
     assert state(real, **fields, decode_policy="keep").keep_masks().all()
     assert state(real, **(fields | {"min_tokens": 7}), router_type="static").is_prompt
+    # A short prompt is a prompt all the same, and runs dense.
+    for router_type in ("static", "one_pass"):
+        prompt = state(real, **(fields | {"past": 0}), router_type=router_type)
+        assert prompt.is_prompt and masks_of(prompt, torch.rand(2, 7)).all()
 
 
 def test_random_routing_repeats():

@@ -6,7 +6,7 @@ import io
 import pytest
 import torch
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from helpers import assert_close, texts
 from hf_effml import TokenSkipCacheLayer
@@ -144,6 +144,40 @@ def test_from_dense():
     padded = TokenSkipCacheLayer.from_dense(dense, torch.tensor([[True] * 3, [False, True, True]]))
     assert padded.positions.tolist() == [[0, 1, 2], [-1, 1, 2]] and padded.has_holes
     assert padded.get_seq_length() == 3
+
+
+class NoStream:
+    """In the place of a CUDA stream."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *args):
+        pass
+
+    def wait_stream(self, other):
+        pass
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_offloaded_layers_are_back_when_they_are_needed(policy, monkeypatch):
+    """Also that after a block which everyone skips, and whose own layer therefore nobody asks for."""
+    update = DynamicLayer.update
+
+    def update_at_home(layer, *args, **kwargs):
+        assert not getattr(layer, "away", False)
+        return update(layer, *args, **kwargs)
+
+    monkeypatch.setattr(DynamicLayer, "update", update_at_home)
+    monkeypatch.setattr(CacheLayerMixin, "offload", lambda layer: setattr(layer, "away", True))
+    monkeypatch.setattr(CacheLayerMixin, "prefetch", lambda layer: setattr(layer, "away", False))
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: NoStream())
+    case = RaggedCase(routed(), **POLICIES[policy])
+    cache = DynamicCache(config=case.model.config)
+    cache.offloading, cache.only_non_sliding, cache.prefetch_stream = True, True, NoStream()
+    edges = [0, 20, *range(24, TOKENS + 1)]
+    case.check(torch.cat([case.call(start, stop, cache) for start, stop in zip(edges, edges[1:], strict=False)], 1))
+    assert sum(layer.away for layer in cache.layers) == 3
 
 
 def test_dense_runs_cannot_go_on():
