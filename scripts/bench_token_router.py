@@ -182,7 +182,8 @@ def _bench_prompt(
     functions: dict[str, Callable] = {DENSE: partial(_dense, model, given)}
     functions |= {name: partial(_prompt, model, given, config) for name, config in configs.items()}
     one_pass = configs[LEARNED["one_pass"]]
-    works, caches = {DENSE: 1.0}, {DENSE: 1.0}
+    works: dict[str, float] = {DENSE: 1.0}
+    caches: dict[str, float | None] = {DENSE: 1.0}
     for name, config in configs.items():
         functions[name]()
         works[name], caches[name] = model.routing_report.flop_ratio, _cache_share(model, given, config)
@@ -331,6 +332,8 @@ def _bench_choosing(
 @contextmanager
 def _recorded() -> "Iterator[tuple[list, list]]":
     """Notes the arguments of every scoring, and the states that decide."""
+    from unittest import mock
+
     from hf_effml.token_router import routing_state, token_skip_layer
 
     scored, states = [], []
@@ -344,11 +347,9 @@ def _recorded() -> "Iterator[tuple[list, list]]":
         states.append(state)
         start(state)
 
-    token_skip_layer.score_tokens, routing_state.RoutingState.__post_init__ = noting, starting
-    try:
+    noting_scores = mock.patch.object(token_skip_layer, "score_tokens", noting)
+    with noting_scores, mock.patch.object(routing_state.RoutingState, "__post_init__", starting):
         yield scored, states
-    finally:
-        token_skip_layer.score_tokens, routing_state.RoutingState.__post_init__ = score, start
 
 
 def _choose(scored: list, state: Any) -> None:

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from hf_effml import VimConfig, VimForImageClassification
-from hf_effml.scripts import bench_dyvm, bench_rmeeto, bench_vim
+from hf_effml.scripts import bench_dyvm, bench_rmeeto, bench_token_router, bench_vim
+from hf_effml.token_router import token_skip_layer
 from hf_effml.utils import benchmark
 from hf_effml.utils.benchmark import (
     Timing,
@@ -229,3 +230,41 @@ def test_report(tmp_path):
     path = write_report(tmp_path / "new", "bench", {"run": record, "rows": rows}, [table])
     assert path.read_text() == table + "\n"
     assert json.loads((tmp_path / "new" / "bench.json").read_text())["rows"] == rows
+
+
+def test_bench_token_router_writes_table_and_json(tmp_path, capsys):
+    options = ["--batch_sizes", "2", "--sparsities", "0.4", "--decode_steps", "2"]
+    results = run(bench_token_router, tmp_path, *options)
+    assert json.loads((tmp_path / "bench_token_router.json").read_text()) == results
+    assert (tmp_path / "bench_token_router.md").read_text().strip() in capsys.readouterr().out
+    rows = {row["model"]: row for row in results["prompts"]}
+    learned = set(bench_token_router.LEARNED.values())
+    assert set(rows) >= {bench_token_router.PLAIN, bench_token_router.ZERO, bench_token_router.GATE, *learned}
+    for name in learned:
+        # Six of eight blocks keep 23 of 48 tokens each.
+        assert rows[name]["kv"] == f"{(2 * 48 + 6 * 23) / (8 * 48):.1%}"
+    assert rows[bench_token_router.KEEP]["kv"] == "100.0%" and rows[bench_token_router.SHORTGPT]["kv"] == "62.5%"
+    assert all(row["ms"] > 0 for row in [*results["prompts"], *results["decoding"]])
+    assert {row["batch"] for row in results["choosing"]} == {2}
+
+
+def test_bench_token_router_refuses_wrong_skipping(tmp_path, monkeypatch):
+    right = token_skip_layer._put
+
+    def wrong(hidden, rows, values):
+        return right(hidden, rows, values + 1)
+
+    monkeypatch.setattr(token_skip_layer, "_put", wrong)
+    with pytest.raises(RuntimeError, match="Nothing is reported.*`one-pass router` and `computed, then multiplied`"):
+        run(bench_token_router, tmp_path, "--sparsities", "0.4")
+    assert not list(tmp_path.iterdir())
+
+
+def test_skipping_for_free_takes_as_many_tokens():
+    args = bench_token_router.BenchArguments(tokens=40, hidden_size=64, num_hidden_layers=8)
+    model = bench_token_router._model(args)
+    prompt = torch.arange(40).unsqueeze(0)
+    config = bench_token_router._config(model, 0.0)
+    with torch.inference_mode():
+        free = bench_token_router._for_free(model, prompt, config)
+        torch.testing.assert_close(free, model(prompt).logits[:, -1:], rtol=1e-4, atol=1e-4)

@@ -1,13 +1,14 @@
-"""What all trainers share: the model card, and which parameters decay."""
+"""What all trainers share: the model card, averages in the log, and which parameters decay."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from hf_effml.hub import CardResult, write_model_card
@@ -57,6 +58,7 @@ class EffMLTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         self.card_facts: dict[str, Any] = {}
+        self._sums: dict[str, Tensor] = {}
         super().__init__(*args, **kwargs)
 
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
@@ -75,6 +77,31 @@ class EffMLTrainer(Trainer):
             lines = ignored.read_text(encoding="utf-8").splitlines() if ignored.exists() else []
             if "training_args.bin" not in lines:
                 ignored.write_text("\n".join([*lines, "training_args.bin", ""]), encoding="utf-8")
+
+    def average_in_log(self, values: Mapping[str, Tensor]) -> None:
+        """Adds values of a training step to what `log` averages. Nothing waits for the device before that.
+
+        Args:
+            values (`Mapping[str, Tensor]`):
+                Scalars by name, the same names in every step.
+        """
+        count = torch.ones_like(next(iter(values.values())))
+        for name, value in (*values.items(), ("count", count)):
+            self._sums[name] = self._sums.get(name, 0) + value.detach().float()
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds the means of `average_in_log` since the last time, over all processes, to what training logs.
+
+        Args:
+            logs (`dict[str, float]`):
+                The values to log.
+        """
+        if "loss" in logs and self._sums:
+            sums = self.accelerator.reduce(torch.stack(list(self._sums.values()))).tolist()
+            means = {name: total / sums[-1] for name, total in zip(self._sums, sums, strict=True)}
+            logs |= {name: mean for name, mean in means.items() if name != "count"}
+            self._sums = {}
+        super().log(logs, *args, **kwargs)
 
     def create_model_card(
         self,

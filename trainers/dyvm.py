@@ -129,7 +129,6 @@ class DyVMTrainer(VisionTrainer):
                 f"`{type(self.train_dataset).__name__}`. Set it to 0, and call `model.calibrate_block_gates` yourself."
             )
         self.teacher = self._make_teacher(teacher)
-        self._sums: dict[str, Tensor] = {}
         self._scans_run: list[Tensor] = []
 
     def _make_teacher(self, teacher: nn.Module | None) -> nn.Module | None:
@@ -231,7 +230,7 @@ class DyVMTrainer(VisionTrainer):
         return terms
 
     def _remember(self, terms: Mapping[str, Tensor], outputs: Any) -> None:
-        """Adds what `log` will average. Nothing waits for the device before that."""
+        """Adds what the log will average."""
         values = {f"{name}_loss": term for name, term in terms.items()}
         if outputs.token_keep_ratio is not None:
             values |= {f"token_keep_ratio/{s}": share for s, share in enumerate(outputs.token_keep_ratio.mean(0))}
@@ -239,23 +238,7 @@ class DyVMTrainer(VisionTrainer):
             threshold = self._student.config.block_gate_threshold or 0.5
             values["block_keep_ratio"] = outputs.block_keep_ratio.mean()
             values["block_keep_ratio_deterministic"] = (outputs.block_gate_logits.sigmoid() > threshold).float().mean()
-        values["count"] = torch.ones_like(values["classification_loss"])
-        for name, value in values.items():
-            self._sums[name] = self._sums.get(name, 0) + value.detach().float()
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds the terms of the loss and the shares kept, means since the last time, to what training logs.
-
-        Args:
-            logs (`dict[str, float]`):
-                The values to log.
-        """
-        if "loss" in logs and self._sums:
-            sums = self.accelerator.reduce(torch.stack(list(self._sums.values()))).tolist()
-            means = {name: total / sums[-1] for name, total in zip(self._sums, sums, strict=True)}
-            logs |= {name: mean for name, mean in means.items() if name != "count"}
-            self._sums = {}
-        super().log(logs, *args, **kwargs)
+        self.average_in_log(values)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """Evaluates or predicts, and reports the share of scans that ran where labels were given."""

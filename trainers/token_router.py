@@ -72,7 +72,7 @@ class TokenRouterTrainingArguments(TrainingArguments):
             )
         super().__post_init__()
         # Batches hold no labels.
-        self.label_names = []
+        self.label_names: list[str] | None = []
 
 
 class TokenRouterTrainer(EffMLTrainer):
@@ -127,7 +127,6 @@ class TokenRouterTrainer(EffMLTrainer):
         # Evaluations have a loss although batches have no labels.
         self.can_return_loss = True
         self._hook = hook
-        self._sums: dict[str, Tensor] = {}
         if not isinstance(model, TokenRouterModel):
             # Weights of the language model are in it, and have the licence that they had.
             self.card_facts["license"] = None
@@ -203,11 +202,6 @@ class TokenRouterTrainer(EffMLTrainer):
         """The losses on the router's decisions themselves."""
         config, blocks = state.config, sorted(state.logits)
         logits = torch.stack([state.logits[block] for block in blocks])
-        if not logits.requires_grad:
-            raise RuntimeError(
-                "The router got no gradient: reentrant gradient checkpointing cuts it off. Set "
-                '`gradient_checkpointing_kwargs={"use_reentrant": False}`.'
-            )
         required = [state.schedule[block] for block in blocks]
         two_sided = config.selection == "threshold"
         static = RoutingState(
@@ -224,28 +218,12 @@ class TokenRouterTrainer(EffMLTrainer):
         }
 
     def _remember(self, terms: dict[str, Tensor], state: RoutingState) -> None:
-        """Adds what `log` will average. Nothing waits for the device before that."""
+        """Adds what the log will average."""
         kept = (state.keep_masks() & state.prompt).flatten(1).sum(-1)
         skipped = 1 - kept / state.prompt.sum().clamp(min=1)
         values = {f"loss_{name}": term for name, term in terms.items()} | {"sparsity/achieved": skipped.mean()}
         values |= {f"sparsity/block_{block}": share for block, share in enumerate(skipped)}
-        values["count"] = torch.ones_like(values["loss_distill"])
-        for name, value in values.items():
-            self._sums[name] = self._sums.get(name, 0) + value.detach().float()
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds the terms of the loss and the shares skipped, means since the last time, to what training logs.
-
-        Args:
-            logs (`dict[str, float]`):
-                The values to log.
-        """
-        if "loss" in logs and self._sums:
-            sums = self.accelerator.reduce(torch.stack(list(self._sums.values()))).tolist()
-            means = {name: total / sums[-1] for name, total in zip(self._sums, sums, strict=True)}
-            logs |= {name: mean for name, mean in means.items() if name != "count"}
-            self._sums = {}
-        super().log(logs, *args, **kwargs)
+        self.average_in_log(values)
 
 
 def _predicts(generated: Tensor, real: Tensor) -> Tensor:

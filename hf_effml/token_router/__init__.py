@@ -3,6 +3,7 @@
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from .baselines import block_pruner, remove_blocks, remove_sub_blocks, shortgpt_blocks
+from .block_influence import block_influence
 from .configuration_token_router import (
     TokenRouterConfig,
     TokenRouterLlamaConfig,
@@ -27,7 +28,6 @@ from .routing import TokenRouter
 from .routing_report import RoutingReport
 from .schedule_search import (
     ScheduleSearchResult,
-    block_influence,
     project_schedule,
     search_sparsity_schedule,
 )

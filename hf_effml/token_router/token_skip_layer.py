@@ -60,8 +60,8 @@ class _CacheView:
     """What a block sees as its cache: notes the keys it attends to, and maybe changes what is stored."""
 
     store: Callable[[Tensor, Tensor, int, tuple, dict], tuple[Tensor, Tensor]]
-    keys: Tensor | None = None
-    values: Tensor | None = None
+    keys: Any = None
+    values: Any = None
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         key, value = self.store(key, value, layer_idx, args, kwargs)
@@ -329,7 +329,6 @@ class _BlockCall:
 
     def _key_gradient(self, view: _CacheView, causal: Tensor, visible: Tensor, gate: Tensor) -> Tensor:
         """Zeros that tell the router what skipped keys are missed for; see [`key_gate_gradient`]."""
-        assert view.keys is not None and view.values is not None
         everything = torch.arange(self.hidden.shape[1], device=self.hidden.device).expand(len(self.hidden), -1)
         with torch.no_grad():
             query = _queries(self.block, self.hidden, self.rotary, everything)
