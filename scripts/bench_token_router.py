@@ -37,7 +37,7 @@ class BenchArguments:
     dtype: str = field(default="float32", metadata={"help": "float32, bfloat16 or float16."})
     decode_steps: int = field(default=16, metadata={"help": "Tokens to generate when decoding is timed."})
     threads: int = field(default=1, metadata={"help": "Threads of torch."})
-    rounds: int = field(default=7, metadata={"help": "Interleaved rounds; medians of them are shown."})
+    rounds: int = field(default=5, metadata={"help": "Interleaved rounds; medians of them are shown."})
     device: str = field(default="cpu", metadata={"help": "Where to run: cpu or cuda."})
     seed: int = field(default=0, metadata={"help": "Of weights and prompts."})
     output_dir: str = field(default="effml-bench", metadata={"help": "Folder for bench_token_router.json and .md."})
@@ -317,13 +317,14 @@ def _bench_choosing(
     """What scoring, routing and sorting take of a dense run: the same steps, as often as a routed run makes them."""
     from hf_effml.utils.benchmark import compare
 
+    functions: dict[str, Callable] = {DENSE: partial(_dense, model, given)}
+    for kind in ("one_pass", "dynamic"):
+        with _recorded() as (scored, states):
+            _prompt(model, given, _config(model, sparsity, router_type=kind))
+        functions[kind] = partial(_choose, scored, states[0])
+    timings = compare(functions, [], rounds=args.rounds, threads=args.threads)
     row: dict[str, Any] = {"batch": len(given), "sparsity": sparsity}
     for kind in ("one_pass", "dynamic"):
-        config = _config(model, sparsity, router_type=kind)
-        with _recorded() as (scored, states):
-            _prompt(model, given, config)
-        functions = {DENSE: partial(_dense, model, given), kind: partial(_choose, scored, states[0])}
-        timings = compare(functions, [], rounds=args.rounds, threads=args.threads)
         row[f"{kind}_ms"] = round(timings[kind].median, 3)
         row[f"{kind}_share_of_dense"] = f"{1 / timings[DENSE].speedup(timings[kind]):.1%}"
     return row

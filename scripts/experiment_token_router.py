@@ -99,7 +99,11 @@ def _run(args: ExperimentArguments, sparsity: float, seed: int) -> Iterator[tupl
     base, tokenizer = load_language_model(args.model_name_or_path)
 
     def windows(texts: list[str], limit: int | None) -> Any:
-        options: dict[str, Any] = {"limit": limit, "single_line_breaks": args.single_line_breaks, "packed": args.packed}
+        options: dict[str, Any] = {
+            "limit": limit,
+            "single_line_breaks": args.single_line_breaks,
+            "packed": args.packed,
+        }
         return make_windows(texts, tokenizer, length, **options)
 
     test, train = windows(data.test, args.eval_windows), windows(data.train, None)
