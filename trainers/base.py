@@ -1,5 +1,6 @@
-"""What all trainers share: the model card, averages in the log, and which parameters decay."""
+"""What all trainers share: the model card, where to resume, averages in the log, and which parameters decay."""
 
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
@@ -10,10 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
+from transformers.utils import logging
 
 from hf_effml.hub import CardResult, write_model_card
 from hf_effml.methods import METHODS, VIM
 
+
+logger = logging.get_logger(__name__)
 
 # Arguments on where a run writes and how it reports; they did not shape the model.
 _ABOUT_THE_RUN = (
@@ -60,6 +64,38 @@ class EffMLTrainer(Trainer):
         self.card_facts: dict[str, Any] = {}
         self._sums: dict[str, Tensor] = {}
         super().__init__(*args, **kwargs)
+
+    def find_checkpoint(self, resume_from_checkpoint: str | bool | None) -> str | None:
+        """Says where a run goes on from.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*):
+                Folder of a checkpoint, or `True` (`true` on a command line) for the newest complete one in
+                `output_dir`; a checkpoint that the end of a process cut off is passed over.
+
+        Returns:
+            `str` or `None`: the folder; `None` to start anew.
+        """
+        if str(resume_from_checkpoint).lower() != "true":
+            return str(resume_from_checkpoint) if resume_from_checkpoint else None
+        found = last_complete_checkpoint(self.args.output_dir)
+        if found is None:
+            logger.warning(f"`{self.args.output_dir}` holds no complete checkpoint; training starts anew.")
+        return found
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Trains the model.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*):
+                See `find_checkpoint`.
+            kwargs (`dict`, *optional*):
+                Passed on to [`~transformers.Trainer.train`].
+
+        Returns:
+            `TrainOutput`: steps, loss and timings.
+        """
+        return super().train(resume_from_checkpoint=self.find_checkpoint(resume_from_checkpoint), **kwargs)
 
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
         """Creates the repository and keeps the pickled arguments, which hold paths and maybe a token, out of it.
@@ -162,6 +198,29 @@ class EffMLTrainer(Trainer):
             if hasattr(type(module), "no_weight_decay"):
                 excluded |= {f"{prefix}.{name}".lstrip(".") for name in module.no_weight_decay()}
         return [name for name in super().get_decay_parameter_names(model) if name not in excluded]
+
+
+def last_complete_checkpoint(folder: str | Path) -> str | None:
+    """Finds the newest checkpoint of a run that was written to its end.
+
+    Args:
+        folder (`str` or `Path`):
+            The run's `output_dir`.
+
+    Returns:
+        `str` or `None`: the checkpoint's folder.
+    """
+    checkpoints = sorted(Path(folder).glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    return next((str(path) for path in reversed(checkpoints) if _is_complete(path)), None)
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    """Whether the state, which the Trainer writes last, is there and whole."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return False
+    return True
 
 
 def _as_list(value: str | list[str] | None) -> list[str]:

@@ -1,6 +1,5 @@
 """What trainers of image models share: mixed labels, exactly repeatable augmentation, a moving average of weights."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,14 +13,11 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, TrainerCallback, TrainingArguments, default_data_collator
 from transformers.trainer_callback import TrainerControl, TrainerState
-from transformers.utils import logging
 
 from hf_effml.utils.augmentation import MixupCollator
 
 from .base import EffMLTrainer
 
-
-logger = logging.get_logger(__name__)
 
 AVERAGE_NAME = "weight_average.safetensors"
 
@@ -119,16 +115,13 @@ class VisionTrainer(EffMLTrainer):
         Returns:
             `TrainOutput`: steps, loss and timings.
         """
-        if str(resume_from_checkpoint).lower() == "true":
-            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
-            if resume_from_checkpoint is None:
-                logger.warning(f"`{self.args.output_dir}` holds no complete checkpoint; training starts anew.")
+        resume_from_checkpoint = self.find_checkpoint(resume_from_checkpoint)
         decay = getattr(self.args, "ema_decay", None)
         if decay is not None:
             average = self._averaging.average = WeightAverage(self.model, decay)
             if resume_from_checkpoint:
-                average.load(str(resume_from_checkpoint))
-        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+                average.load(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluates or predicts, during training with the averaged weights if there are any."""
@@ -223,29 +216,6 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     """
     scores = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
     return {"accuracy": float((scores.argmax(-1) == prediction.label_ids).mean())}
-
-
-def last_complete_checkpoint(folder: str | Path) -> str | None:
-    """Finds the newest checkpoint of a run that was written to its end.
-
-    Args:
-        folder (`str` or `Path`):
-            The run's `output_dir`.
-
-    Returns:
-        `str` or `None`: the checkpoint's folder.
-    """
-    checkpoints = sorted(Path(folder).glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    return next((str(path) for path in reversed(checkpoints) if _is_complete(path)), None)
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    """Whether the state, which the Trainer writes last, is there and whole."""
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
-        return False
-    return True
 
 
 @torch.no_grad()

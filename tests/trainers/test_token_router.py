@@ -193,7 +193,8 @@ class Kill(TrainerCallback):
 trainer = make_trainer(folder, max_steps=8, save_strategy="steps", save_steps=3, logging_steps=1,
                        per_device_train_batch_size=2, gradient_accumulation_steps=2)
 trainer.add_callback(Kill())
-trainer.train(resume_from_checkpoint=resume)
+# As on a command line.
+trainer.train(resume_from_checkpoint="true" if resume else None)
 trainer.save_model()
 trainer.save_state()
 """

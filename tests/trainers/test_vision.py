@@ -10,7 +10,8 @@ from transformers import EvalPrediction, TrainerCallback
 
 from helpers import require_package, tiny_vim_config
 from hf_effml import MixupCollator, VimForImageClassification, VimTrainer, VimTrainingArguments
-from hf_effml.trainers.vision import AVERAGE_NAME, WeightAverage, accuracy, last_complete_checkpoint
+from hf_effml.trainers.base import last_complete_checkpoint
+from hf_effml.trainers.vision import AVERAGE_NAME, WeightAverage, accuracy
 
 
 def images(count=16, seed=1):
