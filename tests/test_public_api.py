@@ -120,7 +120,8 @@ class _FenceBlindParser(doctest.DocTestParser):
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_examples_in_docstrings(name):
+def test_examples_in_docstrings(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # A trainer makes its folder when it is made.
     runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
     for example in doctest.DocTestFinder(parser=_FenceBlindParser()).find(import_module(name)):
         assert runner.run(example).failed == 0
