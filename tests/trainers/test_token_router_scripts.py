@@ -8,6 +8,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
+from helpers import require_package
 from hf_effml import TokenRouterModel
 from hf_effml.hub.push import check_folder
 from hf_effml.scripts import experiment_token_router, train_token_router
@@ -81,7 +82,7 @@ def test_the_start_model_is_used_again(trained, monkeypatch):
 
 
 def test_texts_with_a_completion(trained, tmp_path, monkeypatch):
-    datasets = pytest.importorskip("datasets")
+    datasets = require_package("datasets")
     folder, _ = trained
     rows = [{"text": f"Say {number} twice. " * 5 + f"### Response: {number} and {number}."} for number in range(40)]
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "train.parquet")
