@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
+    from .distillation import *  # noqa: F403
     from .token_router import *  # noqa: F403
     from .trainers import *  # noqa: F403
     from .vim import *  # noqa: F403
@@ -20,7 +21,7 @@ __all__ = ["__version__"]
 
 def _load_public_names() -> None:
     """Takes over what the subpackages list in their `__all__`; their import registers the models."""
-    for subpackage in ("hf_effml.vim", "hf_effml.token_router", "hf_effml.trainers"):
+    for subpackage in ("hf_effml.vim", "hf_effml.token_router", "hf_effml.distillation", "hf_effml.trainers"):
         try:
             module = import_module(subpackage)
         except (ImportError, RuntimeError) as error:

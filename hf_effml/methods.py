@@ -106,6 +106,7 @@ METHODS = (
         year=2024,
         summary="Distils complex images, the gradient on what tells classes apart; with the Comp-DD benchmark.",
         tags=("dataset-distillation", "edf", "comp-dd"),
+        classes=("EDFTrainer", "DistilledDatasetModel", "evaluate_distilled"),
     ),
     Method(
         key="pad",
@@ -116,6 +117,7 @@ METHODS = (
         year=2024,
         summary="Distils a data set from experts on data of fitting difficulty, matching deep layers only.",
         tags=("dataset-distillation", "pad"),
+        classes=("PADTrainer", "DistilledDatasetModel", "DataCurriculum"),
     ),
     Method(
         key="mmfl",

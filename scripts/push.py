@@ -1,4 +1,4 @@
-"""Uploads a model folder with its card.
+"""Uploads the folder of a model or of a distilled data set with its card.
 
 Example: `hf-effml push rmeeto-smoke alice/rmeeto-smoke --private`
 """
@@ -13,7 +13,7 @@ from hf_effml.cli.parsing import parse_arguments, run_script
 class PushArguments:
     """What to upload, and where to."""
 
-    folder: str = field(metadata={"help": "Folder written by `save_pretrained` or a Trainer.", "positional": True})
+    folder: str = field(metadata={"help": "Folder of a model, or of a distilled data set.", "positional": True})
     repo: str = field(metadata={"help": "Hub id to push to: namespace/name.", "positional": True})
     private: bool = field(default=False, metadata={"help": "Make a new repository private."})
     revision: str | None = field(default=None, metadata={"help": "Branch to commit to; made when it does not exist."})

@@ -5,6 +5,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -67,3 +68,47 @@ def digits() -> tuple[list[dict], list[dict]]:
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).tolist()
     examples = [{"pixel_values": images[index], "labels": int(data.target[index])} for index in order]
     return examples[:1437], examples[1437:]
+
+
+@pytest.fixture(scope="session")
+def expert_bank(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    """Real images of 8 pixels and three classes, 60 to train on, and a bank of three experts with epochs 0 to 8."""
+    from hf_effml import ConvNetConfig, ExpertTrainer, ExpertTrainingArguments, TrajectoryBank
+    from hf_effml.distillation.image_processing_zca import ZCAImageProcessor
+    from hf_effml.distillation.real_images import RealImageData, RealImages
+
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(90) % 3
+    images = torch.rand(3, 3, 8, 8, generator=generator)[labels]
+    images = (images + 0.4 * torch.rand(90, 3, 8, 8, generator=generator)) / 1.4
+    processor = ZCAImageProcessor.from_images(images[:60])
+    real = RealImages(processor.whiten(images), labels, ["red", "green", "blue"])
+    data = RealImageData("colours", *(real.subset(range(*part)) for part in ((60,), (60, 75), (75, 90))), processor)
+    config = ConvNetConfig(image_size=8, depth=2, hidden_size=4, num_labels=3)
+    folder = str(tmp_path_factory.mktemp("bank"))
+    settings = {"train_batch_size": 20, "learning_rate": 0.05, "disable_tqdm": True, "device": "cpu", "seed": 1}
+    ExpertTrainer(config, ExpertTrainingArguments(folder, num_experts=3, num_train_epochs=8, **settings), data).train()
+    return data, TrajectoryBank.from_pretrained(folder)
+
+
+@pytest.fixture
+def distil(expert_bank: tuple[Any, Any], tmp_path: Path) -> Any:
+    """Makes a trainer of two synthetic images per class: `distil("EDF", folder="run", bank=..., **arguments)`."""
+    import hf_effml
+
+    def make(method: str = "TrajectoryMatching", folder: str = "run", start: Any = None, **others: Any) -> Any:
+        data, bank = expert_bank
+        parts = {
+            name: others.pop(name) for name in ("callbacks", "eval_dataset", "processing_class") if name in others
+        }
+        parts |= {
+            name: others.pop(name) for name in list(others) if name in ("cam_model", "cam_processor", "cam_label_map")
+        }
+        parts["bank"] = others.pop("bank", bank)
+        model = start if start is not None else hf_effml.distilled_from_real(data, bank, 2)
+        defaults = {"max_steps": 4, "syn_steps": 3, "batch_syn": 4, "max_start_epoch": 4, "lr_img": 20.0}
+        defaults |= {"save_strategy": "no", "report_to": "none", "use_cpu": True, "disable_tqdm": True}
+        arguments = getattr(hf_effml, f"{method}TrainingArguments")(str(tmp_path / folder), **(defaults | others))
+        return getattr(hf_effml, f"{method}Trainer")(model, arguments, **parts)
+
+    return make

@@ -256,7 +256,7 @@ def test_json_is_the_only_output(capsys):
         (["--quiet"], "`--quiet` is no command."),
         (["train"], "`hf-effml train` needs a method first: "),
         (["train", "--recipe", "smoke"], "`hf-effml train` needs a method first: "),
-        (["train", "edf"], "`edf` is not in hf-effml"),
+        (["train", "isqa"], "`isqa` is not in hf-effml"),
         (["train", "rmeto"], "did you mean `rmeeto`?"),
         (["train", "rmeeto", "--merge_rr", "3"], "`--merge_rr` is no option; did you mean `--merge_r`?"),
         (["train", "rmeeto", "--recipe", "smok"], "`smok` is no recipe; there are: "),
@@ -266,6 +266,13 @@ def test_json_is_the_only_output(capsys):
         (["train", "token-router", "--data", "pydoc"], "There is no language model to start from."),
         (["train", "token-router", "--continuation_share", "1"], "`continuation_share` must be at least 0 and less"),
         (["train", "token-router", "--target_sparsity", "30"], "`target_sparsity` must be at least 0 and less than 1"),
+        (
+            ["train", "pad", "--images_per_class", "2"],
+            "There are no experts to match. Give a bank with `--bank FOLDER`",
+        ),
+        (["train", "edf", "--drop_ratio", "1"], "`drop_ratio` must be from 0 to below 1; got 1.0."),
+        (["train", "datm", "--max_grad_norm", "1"], "`max_grad_norm` must stay 0 for trajectory matching"),
+        (["train", "expert", "--num_experts", "0"], "`num_experts` must be at least 1"),
         (["bench", "token-router", "--rounds", "0"], "must be at least 1"),
         (["bench", "dyvm", "--rounds", "0"], "must be at least 1"),
         (["bench", "dyvm", "--token_keep_ratio", "0.5"], "must be of one length, one pair per setting"),
@@ -288,7 +295,13 @@ def test_wrong_use_of_commands(argv, message, capsys):
 def test_methods_as_json(capsys):
     assert main(["methods", "--json"]) == 0
     methods = json.loads(capsys.readouterr().out)["methods"]
-    assert [method["key"] for method in methods if method["available"]] == ["dyvm", "rmeeto", "token-router"]
+    assert [method["key"] for method in methods if method["available"]] == [
+        "dyvm",
+        "rmeeto",
+        "token-router",
+        "edf",
+        "pad",
+    ]
     assert len(methods) == 7
 
 

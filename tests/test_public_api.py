@@ -17,7 +17,7 @@ from hf_effml.methods import METHODS, VIM, get_method
 
 
 ROOT = Path(__file__).parents[1]
-SUBPACKAGES = ("hf_effml.vim", "hf_effml.token_router", "hf_effml.trainers")
+SUBPACKAGES = ("hf_effml.vim", "hf_effml.token_router", "hf_effml.distillation", "hf_effml.trainers")
 MODULES = sorted(
     ".".join(["hf_effml", *path.relative_to(ROOT / folder).with_suffix("").parts])
     if folder == "hf_effml"
@@ -54,7 +54,7 @@ def test_public_names_are_documented(name):
 
 def test_methods_name_what_exists():
     assert len({method.key for method in (*METHODS, VIM)}) == 8
-    assert [method.key for method in METHODS if method.available] == ["dyvm", "rmeeto", "token-router"]
+    assert [method.key for method in METHODS if method.available] == ["dyvm", "rmeeto", "token-router", "edf", "pad"]
     for method in (*METHODS, VIM):
         assert set(method.classes) <= set(hf_effml.__all__), method.key
         assert method.citation.count("{") == method.citation.count("}")
@@ -67,7 +67,17 @@ def test_unknown_method_names_the_known():
 
 @pytest.mark.parametrize(
     "model_type",
-    ["vim", "rmeeto_vim", "dyvm", "token_router", "token_router_llama", "token_router_qwen2", "token_router_qwen3"],
+    [
+        "convnet",
+        "distilled_dataset",
+        "dyvm",
+        "rmeeto_vim",
+        "token_router",
+        "token_router_llama",
+        "token_router_qwen2",
+        "token_router_qwen3",
+        "vim",
+    ],
 )
 def test_import_registers_the_models(model_type):
     assert type(AutoConfig.for_model(model_type)).__module__.startswith("hf_effml.")

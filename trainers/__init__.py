@@ -4,8 +4,12 @@ from hf_effml.utils.augmentation import Augmentation, MixupCollator
 from hf_effml.utils.image_data import ImageData, load_image_data, load_image_processor
 
 from .dyvm import DyVMTrainer, DyVMTrainingArguments
+from .edf import EDFTrainer, EDFTrainingArguments
+from .expert import ExpertTrainer, ExpertTrainingArguments
+from .pad import PADTrainer, PADTrainingArguments
 from .rmeeto import MergeWarmupCallback, RMeeToTrainer, RMeeToTrainingArguments, distillation_loss
 from .token_router import TokenRouterTrainer, TokenRouterTrainingArguments
+from .trajectory_matching import TrajectoryMatchingTrainer, TrajectoryMatchingTrainingArguments
 from .vim import VimTrainer, VimTrainingArguments
 
 
@@ -13,13 +17,21 @@ __all__ = [
     "Augmentation",
     "DyVMTrainer",
     "DyVMTrainingArguments",
+    "EDFTrainer",
+    "EDFTrainingArguments",
+    "ExpertTrainer",
+    "ExpertTrainingArguments",
     "ImageData",
     "MergeWarmupCallback",
     "MixupCollator",
+    "PADTrainer",
+    "PADTrainingArguments",
     "RMeeToTrainer",
     "RMeeToTrainingArguments",
     "TokenRouterTrainer",
     "TokenRouterTrainingArguments",
+    "TrajectoryMatchingTrainer",
+    "TrajectoryMatchingTrainingArguments",
     "VimTrainer",
     "VimTrainingArguments",
     "distillation_loss",

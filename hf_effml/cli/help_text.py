@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 
+_MOST_RECIPES = 8
+
 COMMON_OPTIONS = ("--recipe", "--config", "--json", "--debug", "--help", "--help-all")
 
 _COMMON_HELP = (
@@ -41,10 +43,7 @@ def program_help(
     sections = [" ".join(["usage:", prog, *positional, "[options]"]), inspect.cleandoc(description)]
     sections += [_group_help(cls, fields, everything) for cls, fields in options.items()]
     if recipes:
-        short = {
-            name: textwrap.shorten(_first_comment(p), _width() - 26, placeholder=" ...") for name, p in recipes.items()
-        }
-        sections.append("\n".join(["Recipes", *(help_line(name, text) for name, text in short.items())]))
+        sections.append(_recipes_help(recipes))
     sections.append(textwrap.fill(_COMMON_HELP, _width(), break_on_hyphens=False))
     hidden = sum(len(_inherited(cls)) for cls in dataclass_types)
     if hidden and not everything:
@@ -52,6 +51,17 @@ def program_help(
             f"`{prog} --help-all` adds {hidden} inherited options: --output_dir, --seed, --save_strategy ..."
         )
     return "\n\n".join(sections)
+
+
+def _recipes_help(recipes: dict[str, Path]) -> str:
+    """One line per recipe with what it is for, or the names alone where they are many."""
+    if len(recipes) > _MOST_RECIPES:
+        return "\n".join(["Recipes", textwrap.indent(textwrap.fill(", ".join(recipes), _width() - 2), "  ")])
+    short = {
+        name: textwrap.shorten(_first_comment(path), _width() - 26, placeholder=" ...")
+        for name, path in recipes.items()
+    }
+    return "\n".join(["Recipes", *(help_line(name, text) for name, text in short.items())])
 
 
 def help_line(label: str, text: str) -> str:
@@ -91,7 +101,12 @@ def _inherited(cls: type) -> set[str]:
 def _group_help(cls: type, fields: list[dataclasses.Field], everything: bool) -> str:
     inherited = set() if everything else _inherited(cls)
     lines = [(cls.__doc__ or cls.__name__).splitlines()[0]]
-    lines += [help_line(_label(field), _describe(field)) for field in fields if field.name not in inherited]
+    # What hardly anybody changes is named with its default only.
+    rare = [field for field in fields if field.name in getattr(cls, "rarely_changed", ()) and not everything]
+    shown = [field for field in fields if field.name not in inherited and field not in rare]
+    lines += [help_line(_label(field), _describe(field)) for field in shown]
+    if rare:
+        lines.append(help_line("(rarely changed)", ", ".join(f"--{field.name} {_default(field)}" for field in rare)))
     changed = inherited & _declared(cls, by_transformers=False)
     if changed:
         defaults = (f"--{field.name} {_default(field)}" for field in fields if field.name in changed)

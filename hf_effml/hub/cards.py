@@ -101,6 +101,7 @@ def render_model_card(
         takes_pictures=_takes_pictures(folder, config),
         tokenizer=_where_the_tokenizer_is(folder, config),
         routes_tokens=bool(_token_router(config)),
+        is_distilled=_is_distilled(config),
         results_table=results_table(results),
         evaluated_on=evaluated_on,
         command=scrub_command(command) if command else None,
@@ -169,13 +170,14 @@ def set_model_id(folder: str | Path, model_id: str) -> None:
 
     Args:
         folder (`str` or `Path`):
-            A model folder with its card.
+            A folder of a model or a distilled data set with its card.
         model_id (`str`):
             The Hub id the folder is pushed to.
     """
     path = Path(folder) / CARD_NAME
     text = path.read_text(encoding="utf-8")
-    path.write_text(re.sub(r'^model_id = ".*"$', f'model_id = "{model_id}"', text, flags=re.M), encoding="utf-8")
+    text = re.sub(r'^(model|dataset)_id = ".*"$', rf'\1_id = "{model_id}"', text, flags=re.M)
+    path.write_text(text, encoding="utf-8")
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -218,6 +220,11 @@ def _is_router_alone(config: Mapping[str, Any]) -> bool:
     return config.get("model_type") == "token_router"
 
 
+def _is_distilled(config: Mapping[str, Any]) -> bool:
+    """Whether the model is a synthetic data set."""
+    return config.get("model_type") == "distilled_dataset"
+
+
 def _token_router(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The configuration of a token router, alone or in that of a full checkpoint; empty where there is none."""
     return config if _is_router_alone(config) else config.get("token_router") or {}
@@ -256,6 +263,8 @@ def _auto_class(config: Mapping[str, Any]) -> str:
 def _first_sentence(title: str, config: Mapping[str, Any], method: Method | None) -> str:
     architecture = _architecture(config)
     sentence = f"`{title}` is a model" if architecture is None else f"`{title}` is a `{architecture}`"
+    if _is_distilled(config):
+        sentence += f", a distilled data set as a model ({_images(config)}),"
     if method is None:
         return f"{sentence} made with `hf_effml`."
     return f"{sentence} made with [{method.name}]({method.url}): {method.summary[0].lower()}{method.summary[1:]}"
@@ -263,6 +272,16 @@ def _first_sentence(title: str, config: Mapping[str, Any], method: Method | None
 
 def _default_limits(config: Mapping[str, Any], results: Sequence[CardResult], evaluated_on: str | None) -> list[str]:
     limits = _limits_of_routing(config)
+    if _is_distilled(config):
+        return [
+            *limits,
+            "It is no classifier: its parameters are images, soft labels and a step size that networks are trained "
+            "with.",
+            "It is the state of a distillation, to go on from. To share the images, publish them as a data set with "
+            "`trainer.save_dataset()` or `save_distilled_dataset` of `hf_effml`.",
+            "Synthetic images start from real ones and may show traces of them; the terms of the real data apply.",
+            *([f"The results above hold for {evaluated_on}."] if results and evaluated_on else []),
+        ]
     if _pipeline_tag(config) == "image-classification" and config.get("id2label"):
         classes = len(config["id2label"])
         limits.append(f"It knows the {classes} classes of its training data only; any picture gets one of them.")
@@ -270,6 +289,12 @@ def _default_limits(config: Mapping[str, Any], results: Sequence[CardResult], ev
         limits.append(f"The results above hold for {evaluated_on} and say little about other data.")
     size = "prompt length" if _pipeline_tag(config) == "text-generation" else "input size"
     return [*limits, f"Speed depends on device, batch and {size}: measure it where the model will run."]
+
+
+def _images(config: Mapping[str, Any]) -> str:
+    """How many synthetic images there are."""
+    classes, per_class = len(config.get("id2label") or (0, 1)), config.get("images_per_class", 1)
+    return f"{classes * per_class:,} images of {classes} classes"
 
 
 def _limits_of_routing(config: Mapping[str, Any]) -> list[str]:

@@ -92,7 +92,7 @@ def results_table(results: Sequence[CardResult]) -> str:
     """
     rows = [[result.name, result.value, result.starting_point] for result in results]
     columns = 3 if any(result.starting_point is not None for result in results) else 2
-    return _table(_COLUMNS[:columns], [row[:columns] for row in rows])
+    return markdown_table(_COLUMNS[:columns], [row[:columns] for row in rows])
 
 
 def arguments_table(arguments: Mapping[str, Any]) -> str:
@@ -106,7 +106,7 @@ def arguments_table(arguments: Mapping[str, Any]) -> str:
         `str`: the table, empty without arguments.
     """
     shown = scrub(dict(arguments))
-    return _table(["Argument", "Value"], [[f"`{name}`", f"`{value}`"] for name, value in shown.items()])
+    return markdown_table(["Argument", "Value"], [[f"`{name}`", f"`{value}`"] for name, value in shown.items()])
 
 
 def merge_into_text(text: str, results: Sequence[CardResult], evaluated_on: str) -> str:
@@ -149,7 +149,18 @@ def _parse_table(table: str) -> list[CardResult]:
     return rows
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Writes a table in Markdown, numbers with four significant digits.
+
+    Args:
+        header (`Sequence[str]`):
+            Names of the columns.
+        rows (`Sequence[Sequence]`):
+            One value per column; `None` is shown as a dash.
+
+    Returns:
+        `str`: the table, empty without rows.
+    """
     if not rows:
         return ""
     lines = [header, ["---"] * len(header), *([_cell(value) for value in row] for row in rows)]

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from .imports import require
 
 DATA_VARIABLE = "HF_EFFML_DATA"
 _IMAGE_COLUMNS, _LABEL_COLUMNS = ("image", "img"), ("label", "labels", "fine_label")
-_TEST_SPLITS = ("validation", "test")
+_TEST_SPLITS = ("validation", "valid", "test")
 _CACHE_BYTES = 2**30
 
 
@@ -195,13 +196,13 @@ def load_image_data(
     (898, 899, torch.Size([3, 16, 16]))
     ```
     """
-    hub_id, columns = None, ("image", "label")
     if name_or_path == "digits":
+        hub_id, columns = None, ("image", "label")
         train, test, labels = _load_digits()
     else:
-        source = _find_folder(name_or_path)
-        hub_id = name_or_path if source is None else None
-        train, test, labels, columns = _load_splits(name_or_path, source)
+        splits = load_image_splits(name_or_path)
+        train, test, labels = splits.train, splits.test, splits.labels
+        hub_id, columns = splits.hub_id, splits.columns
     return ImageData(
         name=Path(name_or_path).name if hub_id is None else hub_id,
         train=ImageSplit(train, processor, augmentation, columns, seed),
@@ -227,28 +228,93 @@ def _find_folder(name_or_path: str) -> Path | None:
     return next((path for path in candidates if path.is_dir()), None)
 
 
-def _load_splits(name: str, folder: Path | None) -> tuple[Any, Any, list[str], tuple[str, str]]:
+@dataclass(frozen=True)
+class ImageSplits:
+    """Rows of a data set of images, not read yet.
+
+    Args:
+        train, test (`datasets.Dataset`):
+            The rows of its split `train`, and of its split `validation`, or else `valid` or `test`.
+        labels (`list[str]`):
+            Names of the classes, in the order of their numbers.
+        columns (`tuple[str, str]`):
+            Names of the image and of the class number in a row.
+        hub_id (`str`, *optional*):
+            Its id on the Hub, if it came from there.
+        revision (`str`, *optional*):
+            The commit it came from, if it came from the Hub.
+    """
+
+    train: Any
+    test: Any
+    labels: list[str]
+    columns: tuple[str, str]
+    hub_id: str | None = None
+    revision: str | None = None
+
+
+def load_image_splits(name_or_path: str, revision: str | None = None) -> ImageSplits:
+    """Finds a data set of images in a folder or on the Hub.
+
+    Args:
+        name_or_path (`str`):
+            See [`load_image_data`].
+        revision (`str`, *optional*):
+            Commit, tag or branch on the Hub.
+
+    Returns:
+        [`ImageSplits`]
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If it lacks a split or a column.
+
+    Example:
+
+    ```python
+    >>> from hf_effml.utils.image_data import load_image_splits
+
+    >>> load_image_splits("cifar10").labels[:2]  # doctest: +SKIP
+    ['airplane', 'automobile']
+    ```
+    """
     datasets = require("datasets")
+    folder = _find_folder(name_or_path)
+    at = {"revision": revision} if revision is not None and folder is None else {}
     try:
-        splits = datasets.load_dataset(name if folder is None else str(folder))
+        splits = datasets.load_dataset(name_or_path if folder is None else str(folder), **at)
     except OSError as error:
         raise FileNotFoundError(
-            f"No data `{name}`: it is no folder, not below the one that ${DATA_VARIABLE} names, and not found on the "
-            f"Hub or not open to you ({str(error).splitlines()[0]})."
+            f"No data `{name_or_path}`: it is no folder, not below the one that ${DATA_VARIABLE} names, and not found "
+            f"on the Hub or not open to you ({str(error).splitlines()[0]})."
         ) from error
     test = next((split for split in _TEST_SPLITS if split in splits), None)
     if "train" not in splits or test is None:
         raise ValueError(
-            f"`{name}` must have a split `train` and a split `{'` or `'.join(_TEST_SPLITS)}`; it has "
+            f"`{name_or_path}` must have a split `train` and a split `validation` or `test`; it has "
             f"`{'`, `'.join(splits)}`."
         )
+    commit = _commit(splits["train"]) if folder is None else None
     features = splits["train"].features
-    image = _column(name, features, _IMAGE_COLUMNS)
-    label = _column(name, features, _LABEL_COLUMNS)
+    image = _column(name_or_path, features, _IMAGE_COLUMNS)
+    label = _column(name_or_path, features, _LABEL_COLUMNS)
     if not hasattr(features[label], "names"):
         splits = splits.class_encode_column(label)
         features = splits["train"].features
-    return splits["train"], splits[test], list(features[label].names), (image, label)
+    return ImageSplits(
+        train=splits["train"],
+        test=splits[test],
+        labels=list(features[label].names),
+        columns=(image, label),
+        hub_id=name_or_path if folder is None else None,
+        revision=commit,
+    )
+
+
+def _commit(rows: Any) -> str | None:
+    """The commit on the Hub that rows came from: `datasets` keeps every one in a folder of its name."""
+    folders = [Path(file["filename"]).parent.name for file in rows.cache_files]
+    return next((name for name in folders if re.fullmatch("[0-9a-f]{40}", name)), None)
 
 
 def _column(name: str, features: Any, wanted: tuple[str, ...]) -> str:

@@ -58,6 +58,121 @@ def plot_trade_off(
     _save(figure, path, note)
 
 
+def plot_bars(
+    groups: Mapping[str, Mapping[str, tuple[float, float | None]]],
+    path: str | Path,
+    *,
+    title: str,
+    label: str = "test accuracy (%)",
+    note: str = "",
+) -> None:
+    """Draws accuracies as horizontal bars with their standard deviations, one panel per group.
+
+    Args:
+        groups (`Mapping[str, Mapping[str, tuple[float, float | None]]]`):
+            By the name of a panel, the bars as name, accuracy from 0 to 1, and its standard deviation or `None`. The
+            first bar of a panel is the one that the others are compared with.
+        path (`str` or `Path`):
+            PNG file to write.
+        title (`str`):
+            What the picture shows.
+        label (`str`, *optional*, defaults to `"test accuracy (%)"`):
+            What the bars measure.
+        note (`str`, *optional*):
+            Small print below it.
+
+    Raises:
+        ValueError: If there is nothing to draw.
+
+    Example:
+
+    ```python
+    >>> from hf_effml.utils.plotting import plot_bars
+
+    >>> bars = {"distilled": (0.84, 0.01), "random": (0.58, 0.04), "all": (0.99, None)}
+    >>> plot_bars({"ConvNet": bars}, "bars.png", title="Digits")  # doctest: +SKIP
+    ```
+    """
+    if not groups or not all(groups.values()):
+        raise ValueError("`groups` must hold at least one panel, and every panel at least one bar.")
+    counts = [len(bars) for bars in groups.values()]
+    figure, panels = require("matplotlib.pyplot").subplots(
+        len(groups),
+        1,
+        figsize=(7.2, 0.34 * sum(counts) + 0.5 * len(groups) + 1.0),
+        sharex=True,
+        squeeze=False,
+        height_ratios=counts,
+        layout="constrained",
+    )
+    for axes, (name, bars) in zip(panels[:, 0], groups.items(), strict=True):
+        _bars_of_panel(axes, bars)
+        if len(groups) > 1:
+            axes.set_title(name, loc="left", fontsize=10, color=_INK)
+    # Room for the numbers beside the bars.
+    panels[-1, 0].set_xlim(0, 112)
+    panels[-1, 0].set_xticks(range(0, 101, 20))
+    panels[-1, 0].set_xlabel(label)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold", color=_INK)
+    _save(figure, path, note)
+
+
+def plot_curves(
+    panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]],
+    path: str | Path,
+    *,
+    title: str,
+    label: str = "step",
+    note: str = "",
+) -> None:
+    """Draws curves over a common axis, one panel below the other.
+
+    Args:
+        panels (`Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]`):
+            By what a panel measures, its curves: by name, points of the common axis and a value. A single curve needs
+            no name.
+        path (`str` or `Path`):
+            PNG file to write.
+        title (`str`):
+            What the picture shows.
+        label (`str`, *optional*, defaults to `"step"`):
+            What the common axis measures.
+        note (`str`, *optional*):
+            Small print below it.
+
+    Raises:
+        ValueError: If there is nothing to draw.
+
+    Example:
+
+    ```python
+    >>> from hf_effml.utils.plotting import plot_curves
+
+    >>> loss = {"exact": [(0, 1.0), (50, 0.6)], "first order": [(0, 1.0), (50, 0.7)]}
+    >>> plot_curves({"matching loss": loss}, "loss.png", title="Digits")  # doctest: +SKIP
+    ```
+    """
+    if not panels or not all(panels.values()):
+        raise ValueError("`panels` must hold at least one panel, and every panel at least one curve.")
+    figure, grid = require("matplotlib.pyplot").subplots(
+        len(panels), 1, figsize=(7.2, 1.9 * len(panels) + 1.0), sharex=True, squeeze=False, layout="constrained"
+    )
+    for axes, (name, curves) in zip(grid[:, 0], panels.items(), strict=True):
+        for number, (curve, points) in enumerate(curves.items()):
+            colour = _COLOURS[number % len(_COLOURS)]
+            # Few points are seen as such; one alone has no line.
+            axes.plot(*zip(*points, strict=True), color=colour, label=curve, marker="o" if len(points) < 30 else "")
+        if len(curves) > 1:
+            axes.legend(frameon=False, fontsize=9)
+        axes.set_ylabel(name, fontsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color=_GRID, linewidth=0.8)
+        axes.set_axisbelow(True)
+    grid[-1, 0].set_xlabel(label)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold", color=_INK)
+    _save(figure, path, note)
+
+
 def plot_images(
     images: Sequence[Image.Image], captions: Sequence[str], path: str | Path, *, columns: int, title: str
 ) -> None:
@@ -152,6 +267,22 @@ def plot_routing(keep_masks: Any, tokens: Sequence[str], path: str | Path, *, ti
     figure.legend(handles=handles, loc="outside lower right", ncols=2, frameon=False, fontsize=9)
     figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold", color=_INK)
     _save(figure, path)
+
+
+def _bars_of_panel(axes: Any, bars: Mapping[str, tuple[float, float | None]]) -> None:
+    """Bars from top to bottom, the first in colour, each with its number."""
+    places = range(len(bars))
+    for place, (mean, std) in zip(places, bars.values(), strict=True):
+        spread = 100 * (std or 0.0)
+        axes.barh(place, 100 * mean, height=0.7, color=_COLOURS[0] if place == 0 else _FAINT, xerr=spread or None)
+        text = f"{100 * mean:.1f}" + (f" \u00b1 {spread:.1f}" if std is not None else "")
+        axes.text(100 * mean + spread + 1, place, text, va="center", fontsize=8, color=_INK)
+    axes.set_yticks(places, labels=list(bars), fontsize=9)
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", length=0)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.grid(axis="x", color=_GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
 
 
 def _label_blocks(axes: Any, processed: Any) -> None:

@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from helpers import require_package
-from hf_effml.utils.plotting import plot_images, plot_routing, plot_trade_off
+from hf_effml.utils.plotting import plot_bars, plot_images, plot_routing, plot_trade_off
 
 
 def test_trade_off(tmp_path):
@@ -23,6 +23,27 @@ def test_images(tmp_path):
     plot_images(images, ["one", "two", "three"], tmp_path / "b.png", columns=2, title="Three")
     colours = {colour for _, colour in Image.open(tmp_path / "b.png").convert("RGB").getcolors(2**20)}
     assert {(255, 0, 0), (0, 255, 0), (0, 0, 255)} <= colours
+
+
+def test_bars(tmp_path, monkeypatch):
+    pyplot = require_package("matplotlib.pyplot")
+    figures = []
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    bars = {"distilled": (0.84, 0.012), "random": (0.58, 0.04), "all": (0.99, None)}
+    plot_bars({"ConvNet": bars, "MLP": {"distilled": (0.5, None)}}, tmp_path / "f.png", title="Digits", note="3 seeds")
+    first, second = figures[0].axes
+    assert [bar.get_width() for bar in first.patches] == pytest.approx([84, 58, 99]) and len(second.patches) == 1
+    assert [text.get_text() for text in first.texts] == ["84.0 \u00b1 1.2", "58.0 \u00b1 4.0", "99.0"]
+    assert [label.get_text() for label in first.get_yticklabels()] == list(bars) and first.yaxis_inverted()
+    assert first.patches[0].get_facecolor() != first.patches[1].get_facecolor() == first.patches[2].get_facecolor()
+    (spread,) = first.containers[0].lines[2]
+    assert spread.get_segments()[0][:, 0].tolist() == pytest.approx([82.8, 85.2])
+    assert Image.open(tmp_path / "f.png").width > 1000
+    monkeypatch.undo()
+    pyplot.close(figures[0])
+    for nothing in ({}, {"ConvNet": {}}):
+        with pytest.raises(ValueError, match="at least one panel, and every panel at least one bar"):
+            plot_bars(nothing, tmp_path / "g.png", title="Digits")
 
 
 @pytest.mark.parametrize("blocks, tokens", [(1, 1), (5, 40), (64, 300)])

@@ -1,0 +1,225 @@
+"""The files of a bank of trajectories: their names, how they are written, and what must agree in all of them."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+__all__ = [
+    "BANK_NAME",
+    "FORMAT_VERSION",
+    "bank_fingerprint",
+    "different_settings",
+    "expert_name",
+    "read_bank",
+    "read_header",
+    "write_bank",
+    "write_expert",
+    "write_tensors",
+]
+
+BANK_NAME = "bank.json"
+FORMAT_VERSION = 1
+_HEADER = "hf_effml"
+# What makes two trajectories members of one bank. Their number is not among it: a bank can grow.
+_SETTINGS = (
+    "student",
+    "parameters",
+    "epochs",
+    "dtype",
+    "seed",
+    "dataset",
+    "preprocessing",
+    "training",
+    "augmentation",
+    "curriculum",
+)
+_REQUIRED = ("num_experts", "student", "parameters", "epochs")
+
+
+def expert_name(expert: int) -> str:
+    """Names the file of an expert.
+
+    Args:
+        expert (`int`):
+            Its number, from 0.
+
+    Returns:
+        `str`: the name.
+    """
+    return f"expert-{expert:05d}.safetensors"
+
+
+def bank_fingerprint(metadata: Mapping[str, Any]) -> str:
+    """Makes a short text of a bank's settings, which every expert's file carries as well.
+
+    Args:
+        metadata (`Mapping`):
+            Content of `bank.json`.
+
+    Returns:
+        `str`: equal for equal settings.
+    """
+    # As it is read again, where keys are texts.
+    plain = json.loads(json.dumps({name: metadata.get(name) for name in _SETTINGS}))
+    text = json.dumps(plain, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def different_settings(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """Says in which settings two banks differ.
+
+    Args:
+        there (`Mapping`):
+            Content of one `bank.json`.
+        here (`Mapping`):
+            Content of the other.
+
+    Returns:
+        `list[str]`: one phrase for each setting; empty if experts of both fit together.
+    """
+    here = json.loads(json.dumps(here))
+    return [
+        f"`{name}` is {_short(old)} there and {_short(new)} here"
+        for setting in _SETTINGS
+        for name, old, new in _differences(setting, there.get(setting), here.get(setting))
+    ]
+
+
+def read_bank(path: str | Path) -> dict[str, Any]:
+    """Reads `bank.json`.
+
+    Args:
+        path (`str` or `Path`):
+            The file.
+
+    Returns:
+        `dict`: its content.
+
+    Raises:
+        ValueError: If it is none, or made by a newer version of this package.
+    """
+    try:
+        metadata = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"`{path}` is no JSON: {error}. Load the bank again or train it in another folder."
+        ) from error
+    version = metadata.get("format_version") if isinstance(metadata, dict) else None
+    if not isinstance(version, int):
+        raise ValueError(f"`{path}` describes no bank of trajectories: it has no `format_version`.")
+    if version > FORMAT_VERSION:
+        raise ValueError(
+            f"`{path}` has the format {version}; this version of hf-effml reads {FORMAT_VERSION}. Upgrade hf-effml."
+        )
+    missing = [name for name in _REQUIRED if name not in metadata]
+    if missing:
+        raise ValueError(f"`{path}` is incomplete: `{'`, `'.join(missing)}` is missing.")
+    return metadata
+
+
+def write_bank(folder: str | Path, metadata: Mapping[str, Any]) -> None:
+    """Writes `bank.json` in one go.
+
+    Args:
+        folder (`str` or `Path`):
+            Folder of the bank; it is made if need be.
+        metadata (`Mapping`):
+            The content, JSON-plain.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"format_version": FORMAT_VERSION, **metadata}, indent=1)
+    with _Replacing(Path(folder) / BANK_NAME) as path:
+        path.write_text(text + "\n", encoding="utf-8")
+
+
+def write_expert(
+    folder: str | Path,
+    expert: int,
+    trajectory: Tensor,
+    metadata: Mapping[str, Any],
+    history: list[dict[str, Any]] | None = None,
+) -> None:
+    """Writes the file of one expert in one go.
+
+    Args:
+        folder (`str` or `Path`):
+            Folder of the bank.
+        expert (`int`):
+            Its number.
+        trajectory (`Tensor` of shape `(epochs, parameters)`):
+            A row for every kept epoch.
+        metadata (`Mapping`):
+            Content of `bank.json`, to which the file then belongs.
+        history (`list[dict]`, *optional*):
+            What was measured after its epochs.
+    """
+    header = {"bank": bank_fingerprint(metadata), "expert": expert, "history": history or []}
+    write_tensors(Path(folder) / expert_name(expert), {"trajectory": trajectory.contiguous()}, header)
+
+
+def read_header(path: str | Path) -> dict[str, Any]:
+    """Reads what else a safetensors file of a bank holds.
+
+    Args:
+        path (`str` or `Path`):
+            The file.
+
+    Returns:
+        `dict`: what [`write_tensors`] got as `header`; empty if the file is not from there.
+    """
+    with safe_open(path, framework="pt") as file:
+        return json.loads((file.metadata() or {}).get(_HEADER, "{}"))
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
+    """Writes a safetensors file in one go: whoever is killed meanwhile leaves the file that was there before.
+
+    Args:
+        path (`Path`):
+            The file.
+        tensors (`dict[str, Tensor]`):
+            What goes into it.
+        header (`dict`):
+            What else, JSON-plain.
+    """
+    # As one text: the order of several would change from run to run, and with it the file.
+    with _Replacing(path) as temporary:
+        save_file(tensors, temporary, metadata={_HEADER: json.dumps(header)})
+
+
+class _Replacing:
+    """Gives the path of a temporary file that takes the place of `path` when all went well."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+    def __enter__(self) -> Path:
+        return self.temporary
+
+    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
+        if kind is None:
+            os.replace(self.temporary, self.path)
+        else:
+            self.temporary.unlink(missing_ok=True)
+
+
+def _differences(name: str, there: Any, here: Any) -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(there, Mapping) and isinstance(here, Mapping):
+        for key in sorted(there.keys() | here.keys()):
+            yield from _differences(f"{name}.{key}", there.get(key), here.get(key))
+    elif there != here:
+        yield name, there, here
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:40]} ... ({len(text)} characters)"

@@ -1,0 +1,105 @@
+"""The folder of a bank while its experts are trained: what may go on there, and when it is complete."""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from shutil import rmtree
+from typing import Any
+
+from .bank_files import BANK_NAME, different_settings, expert_name, read_bank, read_header, write_bank
+
+
+__all__ = ["BankFolder"]
+
+_UNFINISHED = "unfinished"
+_POLL_SECONDS = 0.1
+
+
+class BankFolder:
+    """A folder that a bank is made in, by one process or by several at once.
+
+    Args:
+        path (`str` or `Path`):
+            The folder.
+        metadata (`Mapping`):
+            What becomes `bank.json`.
+    """
+
+    def __init__(self, path: str | Path, metadata: Mapping[str, Any]):
+        self.path, self.metadata = Path(path), metadata
+
+    def missing_experts(self, resume: bool, overwrite: bool) -> list[int]:
+        """Says which experts are to be trained; changes nothing.
+
+        Args:
+            resume (`bool`):
+                Whether a bank that is there may be continued.
+            overwrite (`bool`):
+                Whether it will be deleted.
+
+        Returns:
+            `list[int]`: their numbers.
+
+        Raises:
+            ValueError: If what is there must be neither continued nor deleted; the message says why.
+        """
+        there = sorted(path.name for path in self.path.glob("expert-*.safetensors"))
+        everyone = {number: expert_name(number) for number in range(self.metadata["num_experts"])}
+        description = self.path / BANK_NAME
+        if overwrite or not (there or description.exists()):
+            return list(everyone)
+        remedy = "Choose another `output_dir`, or delete that bank by `overwrite_output_dir`"
+        if not resume:
+            raise ValueError(f"`{self.path}` holds a bank already. {remedy}, or continue it by `resume=True`.")
+        if not description.exists():
+            raise ValueError(f"`{self.path}` holds `{there[0]}` without a `{BANK_NAME}`. {remedy}.")
+        if differences := different_settings(read_bank(description), self.metadata):
+            raise ValueError(
+                f"The bank in `{self.path}` was made with other settings: {'; '.join(differences)}. {remedy}."
+            )
+        if foreign := sorted(set(there) - set(everyone.values())):
+            raise ValueError(
+                f"`{self.path}` holds `{foreign[0]}`, which is none of the {len(everyone)} experts asked for. "
+                f"{remedy}, or raise `num_experts`."
+            )
+        return [number for number, name in everyone.items() if name not in there]
+
+    def prepare(self, overwrite: bool) -> None:
+        """Leaves in the folder what is continued, and writes what the bank will be.
+
+        Args:
+            overwrite (`bool`):
+                Whether to delete a bank that is there.
+        """
+        unfinished = self.path / _UNFINISHED
+        if overwrite:
+            for path in [self.path / BANK_NAME, *self.path.glob("expert-*.safetensors")]:
+                path.unlink(missing_ok=True)
+            rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True, exist_ok=True)
+        # Of processes that were killed while they wrote.
+        for path in [*self.path.glob(".*.tmp"), *unfinished.glob(".*.tmp")]:
+            path.unlink()
+        write_bank(self.path, self.metadata)
+
+    def unfinished(self, expert: int) -> Path:
+        """Names the file that an expert's state is kept in during training.
+
+        Args:
+            expert (`int`):
+                Its number.
+
+        Returns:
+            `Path`: the file, which may not exist.
+        """
+        return self.path / _UNFINISHED / expert_name(expert)
+
+    def finish(self) -> None:
+        """Waits until all experts are there, then adds their histories to `bank.json`."""
+        paths = [self.path / expert_name(number) for number in range(self.metadata["num_experts"])]
+        # The experts of other processes may take longer than a collective operation waits.
+        while not all(path.exists() for path in paths):
+            time.sleep(_POLL_SECONDS)
+        # Every process does this, and writes the same.
+        write_bank(self.path, {**self.metadata, "history": [read_header(path)["history"] for path in paths]})
+        rmtree(self.path / _UNFINISHED, ignore_errors=True)

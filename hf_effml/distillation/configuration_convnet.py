@@ -1,0 +1,101 @@
+"""Configuration of the ConvNet that dataset distillation is measured with."""
+
+from typing import Any, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+
+@strict
+class ConvNetConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`ConvNetForImageClassification`]. The defaults give the "ConvNetD3" of trajectory matching
+    (https://huggingface.co/papers/2203.11932); images of 64 and 128 pixels go with `depth` 4 and 5.
+
+    Args:
+        num_channels (`int`, *optional*, defaults to 3):
+            Channels of the image. With one channel the first convolution pads by 3, so 28 pixels count as 32.
+        image_size (`int` or `list[int]`, *optional*, defaults to 32):
+            Height and width in pixels, or one number for both. The classifier is sized by it.
+        hidden_size (`int`, *optional*, defaults to 128): Channels of every block.
+        depth (`int`, *optional*, defaults to 3): Number of blocks; each halves the image unless `pooling="none"`.
+        norm (`str`, *optional*, defaults to `"instance"`):
+            `"instance"`, `"batch"`, `"layer"`, `"group"` (4 groups) or `"none"`. Only `"batch"` keeps running
+            statistics, which trajectories do not hold.
+        activation (`str`, *optional*, defaults to `"relu"`): `"relu"`, `"leaky_relu"` or `"sigmoid"`.
+        pooling (`str`, *optional*, defaults to `"avg"`): `"avg"`, `"max"` or `"none"`.
+
+    Raises:
+        StrictDataclassError: If a field has the wrong type or an impossible value; the message names both.
+
+    Example:
+
+    ```python
+    >>> from hf_effml import ConvNetConfig
+
+    >>> ConvNetConfig(image_size=64, depth=4).feature_size
+    (4, 4)
+
+    ```
+    """
+
+    model_type = "convnet"
+
+    num_channels: int = 3
+    image_size: int | list[int] | tuple[int, ...] = 32
+    hidden_size: int = 128
+    depth: int = 3
+    norm: Literal["instance", "batch", "layer", "group", "none"] = "instance"
+    activation: Literal["relu", "leaky_relu", "sigmoid"] = "relu"
+    pooling: Literal["avg", "max", "none"] = "avg"
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if isinstance(self.image_size, tuple):
+            self.image_size = list(self.image_size)
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self) -> None:
+        """Check ranges and combinations; called by `strict` on construction."""
+        for name in ("num_channels", "hidden_size", "depth"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1; got {getattr(self, name)}.")
+        size = self.image_size
+        if not isinstance(size, int) and len(size) != 2:
+            raise ValueError(f"`image_size` must be one number or [height, width]; got {size}.")
+        if min(self.image_shape) < 1:
+            raise ValueError(f"`image_size` must be at least 1; got {size}.")
+        if self.norm == "group" and self.hidden_size % 4:
+            raise ValueError(
+                f'`hidden_size` must be a multiple of 4 with `norm="group"`, which has 4 groups; got '
+                f'{self.hidden_size}. Change it or use `norm="instance"`.'
+            )
+        if min(self.feature_size) < 1:
+            deepest = min(self.map_sizes[0]).bit_length() - 1
+            advice = f"Use `depth` {deepest} or less" if deepest else "Use larger images"
+            raise ValueError(
+                f"`image_size` {size} is too small for `depth` {self.depth}: every block halves the image and nothing "
+                f'is left. {advice}, or `pooling="none"`.'
+            )
+
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        """Height and width of the image."""
+        size = self.image_size
+        return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+    @property
+    def map_sizes(self) -> list[tuple[int, int]]:
+        """Height and width of the feature map inside every block, before it is pooled."""
+        # The first convolution of one channel pads by 2 pixels more on every side than it takes away.
+        height, width = (side + 4 if self.num_channels == 1 else side for side in self.image_shape)
+        shift = 0 if self.pooling == "none" else 1
+        return [(height >> shift * block, width >> shift * block) for block in range(self.depth)]
+
+    @property
+    def feature_size(self) -> tuple[int, int]:
+        """Height and width of the last feature map, which the classifier reads."""
+        height, width = self.map_sizes[-1]
+        return (height, width) if self.pooling == "none" else (height // 2, width // 2)
+
+
+__all__ = ["ConvNetConfig"]

@@ -1,0 +1,380 @@
+"""What a distillation will need in memory, arithmetic and disk, before it starts; also for the published settings."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedConfig
+
+from .configuration_convnet import ConvNetConfig
+from .flat_student import build_student, math_attention, student_config
+
+
+__all__ = [
+    "PUBLISHED_SETTINGS",
+    "CostEstimate",
+    "PublishedSetting",
+    "cost_table",
+    "estimate_cost",
+    "published_costs",
+]
+
+_BYTES = 4
+# Measured on ConvNets: what the graph of a step that is to be differentiated twice keeps, in values per value that
+# comes out of a convolution. Normalisation, activation and pooling are in it.
+_KEPT_PER_OUTPUT = 4.5
+# Measured there too: what is held for a moment while one step is differentiated, as a share of its graph.
+_TEMPORARY = 0.6
+# In forward passes: forward 1, backward 2, second order 6; rebuilding a step instead of keeping it adds another 3.
+_FORWARDS_OF_FULL_UNROLL = 9
+_FORWARDS_OF_ADJOINT = 12
+_PRODUCTS = {
+    torch.ops.aten.addmm,
+    torch.ops.aten.baddbmm,
+    torch.ops.aten.bmm,
+    torch.ops.aten.convolution,
+    torch.ops.aten.mm,
+}
+
+
+@dataclass(frozen=True)
+class CostEstimate:
+    """What a distillation needs; GB are 10^9 bytes, a FLOP is an addition or a multiplication.
+
+    "Full unroll" is the published code, which keeps the graph of all steps (its two largest settings of CIFAR-10 were
+    run with a first-order approximation instead); "ours" is the exact adjoint sweep, which rebuilds one at a time.
+    Synthetic images, their gradients and what libraries hold come on top.
+
+    Args:
+        parameters (`int`):
+            Of the student.
+        forward_flop (`int`):
+            Of one image.
+        outputs (`int`):
+            Values that come out of convolutions and matrix products for one image.
+        batch (`int`):
+            Images in a step.
+        steps (`int`):
+            Steps on the synthetic set in an iteration.
+        num_experts (`int`):
+            Trajectories in the bank.
+        snapshots (`int`):
+            Epochs of each trajectory that are stored if all are, the one before training included.
+        kept_snapshots (`int`):
+            Those that matching reads.
+        iterations (`int`):
+            Of the whole distillation.
+    """
+
+    parameters: int
+    forward_flop: int
+    outputs: int
+    batch: int
+    steps: int
+    num_experts: int
+    snapshots: int
+    kept_snapshots: int
+    iterations: int
+
+    @property
+    def mb_per_image_step(self) -> float:
+        """What the full unroll keeps of each image in each step."""
+        return _KEPT_PER_OUTPUT * _BYTES * self.outputs / 1e6
+
+    @property
+    def gb_full_unroll(self) -> float:
+        """Graph of all steps, and what differentiating one of them holds for a moment."""
+        return (self.steps + _TEMPORARY) * self.gb_one_step
+
+    @property
+    def gb_one_step(self) -> float:
+        """Graph of one step."""
+        return self.batch * self.mb_per_image_step / 1e3
+
+    @property
+    def gb_states(self) -> float:
+        """The student's parameters before the first and after every step."""
+        return (self.steps + 1) * self._gb_snapshot
+
+    @property
+    def gb_ours(self) -> float:
+        """Graph of one step, what differentiating it holds for a moment, and the states of all."""
+        return (1 + _TEMPORARY) * self.gb_one_step + self.gb_states
+
+    @property
+    def tflop_full_unroll(self) -> float:
+        """Of an iteration."""
+        return self._tflop_forward * _FORWARDS_OF_FULL_UNROLL
+
+    @property
+    def tflop_ours(self) -> float:
+        """Of an iteration."""
+        return self._tflop_forward * _FORWARDS_OF_ADJOINT
+
+    @property
+    def pflop_total(self) -> float:
+        """Of all iterations, ours."""
+        return self.tflop_ours * self.iterations / 1e3
+
+    @property
+    def gb_bank(self) -> float:
+        """The bank with every snapshot in it."""
+        return self.num_experts * self.snapshots * self._gb_snapshot
+
+    @property
+    def gb_bank_kept(self) -> float:
+        """The bank with those snapshots in it that matching reads."""
+        return self.num_experts * self.kept_snapshots * self._gb_snapshot
+
+    @property
+    def _gb_snapshot(self) -> float:
+        return _BYTES * self.parameters / 1e9
+
+    @property
+    def _tflop_forward(self) -> float:
+        return self.forward_flop * self.batch * self.steps / 1e12
+
+    def as_row(self) -> dict[str, float]:
+        """The numbers that tables show, to three digits."""
+        values = {
+            "parameters": self.parameters,
+            "MFLOP_per_image": self.forward_flop / 1e6,
+            "MB_per_image-step": self.mb_per_image_step,
+            "full_unroll_GB": self.gb_full_unroll,
+            "ours_GB": self.gb_ours,
+            "full_unroll_TFLOP": self.tflop_full_unroll,
+            "ours_TFLOP": self.tflop_ours,
+            "ours_PFLOP_in_all": self.pflop_total,
+            "bank_GB": self.gb_bank,
+            "bank_GB_read": self.gb_bank_kept,
+        }
+        return {name: value if isinstance(value, int) else float(f"{value:.3g}") for name, value in values.items()}
+
+
+def estimate_cost(
+    config: PreTrainedConfig | Mapping[str, Any],
+    image_shape: tuple[int, int, int],
+    num_classes: int,
+    ipc: int,
+    *,
+    syn_steps: int,
+    batch_syn: int | None = None,
+    num_experts: int = 100,
+    snapshots: int = 101,
+    kept_snapshots: int | None = None,
+    iterations: int = 10_000,
+) -> CostEstimate:
+    """Counts what a distillation needs, from one image's pass through a student without weights.
+
+    Args:
+        config (`PreTrainedConfig` or `Mapping`):
+            Configuration of the student.
+        image_shape (`tuple[int, int, int]`):
+            Channels, height and width of the images; replaces what `config` says.
+        num_classes (`int`):
+            Classes; replaces what `config` says.
+        ipc (`int`):
+            Synthetic images per class.
+        syn_steps (`int`):
+            Steps on the synthetic set in an iteration.
+        batch_syn (`int`, *optional*):
+            Images in a step; all if unset or larger than their number.
+        num_experts (`int`, *optional*, defaults to 100):
+            Trajectories in the bank.
+        snapshots (`int`, *optional*, defaults to 101):
+            Epochs that each expert is trained for, and one more for its start.
+        kept_snapshots (`int`, *optional*):
+            How many of them matching reads: the largest start epoch less the smallest, plus the epochs in between
+            start and target. All if unset.
+        iterations (`int`, *optional*, defaults to 10000):
+            Of the whole distillation.
+
+    Returns:
+        [`CostEstimate`]: the estimate. Its memory rests on measurements of ConvNets, where it is right within a
+        tenth for one step's graph; other students differ by up to a half, small ones with many parameters by more.
+
+    Raises:
+        ValueError: If a number is not positive.
+
+    Example:
+
+    ```python
+    >>> from hf_effml.distillation.configuration_convnet import ConvNetConfig
+    >>> from hf_effml.distillation.cost import estimate_cost
+
+    >>> cost = estimate_cost(ConvNetConfig(), (3, 32, 32), num_classes=10, ipc=50, syn_steps=80, batch_syn=500)
+    >>> round(cost.gb_full_unroll), round(cost.gb_ours, 1), round(cost.tflop_ours)
+    (125, 2.6, 49)
+
+    ```
+    """
+    numbers = {"num_classes": num_classes, "ipc": ipc, "syn_steps": syn_steps, "batch_syn": batch_syn}
+    numbers |= {"num_experts": num_experts, "snapshots": snapshots, "kept_snapshots": kept_snapshots}
+    for name, value in {**numbers, "iterations": iterations}.items():
+        if value is not None and value < 1:
+            raise ValueError(f"`{name}` must be at least 1; got {value}.")
+    parameters, forward_flop, outputs = _count(_for_data(config, image_shape, num_classes), image_shape)
+    images = ipc * num_classes
+    return CostEstimate(
+        parameters=parameters,
+        forward_flop=forward_flop,
+        outputs=outputs,
+        batch=min(batch_syn or images, images),
+        steps=syn_steps,
+        num_experts=num_experts,
+        snapshots=snapshots,
+        kept_snapshots=min(kept_snapshots or snapshots, snapshots),
+        iterations=iterations,
+    )
+
+
+def cost_table(estimates: Mapping[str, CostEstimate]) -> list[dict[str, Any]]:
+    """Puts estimates below each other, for [`~hf_effml.utils.benchmark.markdown_table`].
+
+    Args:
+        estimates (`Mapping[str, CostEstimate]`):
+            By the name of the setting.
+
+    Returns:
+        `list[dict]`: one row per setting.
+    """
+    return [{"setting": name, **estimate.as_row()} for name, estimate in estimates.items()]
+
+
+class PublishedSetting(NamedTuple):
+    """One row of a paper's table of settings, as far as it decides about cost; students are ConvNets of width 128."""
+
+    paper: str
+    dataset: str
+    ipc: int
+    syn_steps: int
+    batch_syn: int | None
+    expert_epochs: int
+    min_start_epoch: int
+    max_start_epoch: int
+
+    @property
+    def name(self) -> str:
+        """Paper, data set and images per class."""
+        return f"{self.paper} {self.dataset} IPC {self.ipc}"
+
+    def estimate(self) -> CostEstimate:
+        """What it needs, with the papers' 100 experts of 100 epochs and 10,000 iterations."""
+        num_classes, size, depth = _DATASETS.get(self.dataset, (10, 128, 5))
+        return estimate_cost(
+            ConvNetConfig(depth=depth, hidden_size=128, image_size=size),
+            (3, size, size),
+            num_classes,
+            self.ipc,
+            syn_steps=self.syn_steps,
+            batch_syn=self.batch_syn,
+            kept_snapshots=self.max_start_epoch - self.min_start_epoch + self.expert_epochs,
+        )
+
+
+# Classes, image size and depth of the student; subsets of ImageNet have 10, 128 and 5.
+_DATASETS = {"CIFAR-10": (10, 32, 3), "CIFAR-100": (100, 32, 3), "Tiny ImageNet": (200, 64, 4)}
+
+PUBLISHED_SETTINGS = (
+    # arXiv 2310.05773, its configuration files.
+    PublishedSetting("DATM", "CIFAR-10", 1, 80, 10, 2, 0, 4),
+    PublishedSetting("DATM", "CIFAR-10", 10, 80, 100, 2, 0, 20),
+    PublishedSetting("DATM", "CIFAR-10", 50, 80, 500, 2, 0, 40),
+    PublishedSetting("DATM", "CIFAR-10", 500, 40, 1000, 2, 40, 60),
+    PublishedSetting("DATM", "CIFAR-10", 1000, 100, 1000, 2, 40, 60),
+    PublishedSetting("DATM", "CIFAR-100", 1, 40, 1000, 3, 0, 20),
+    PublishedSetting("DATM", "CIFAR-100", 10, 80, 1000, 2, 0, 50),
+    PublishedSetting("DATM", "CIFAR-100", 50, 80, 1000, 2, 20, 70),
+    PublishedSetting("DATM", "CIFAR-100", 100, 80, 1000, 2, 30, 70),
+    PublishedSetting("DATM", "Tiny ImageNet", 1, 40, 1000, 2, 0, 20),
+    PublishedSetting("DATM", "Tiny ImageNet", 10, 40, 500, 2, 10, 50),
+    PublishedSetting("DATM", "Tiny ImageNet", 50, 20, 1000, 2, 40, 70),
+    # arXiv 2408.03360, table 7.
+    PublishedSetting("PAD", "CIFAR-10", 1, 80, 10, 2, 0, 4),
+    PublishedSetting("PAD", "CIFAR-10", 10, 80, 100, 2, 0, 20),
+    PublishedSetting("PAD", "CIFAR-10", 50, 80, 500, 2, 0, 40),
+    PublishedSetting("PAD", "CIFAR-10", 500, 80, 1000, 2, 40, 60),
+    PublishedSetting("PAD", "CIFAR-10", 1000, 80, 1000, 2, 40, 60),
+    PublishedSetting("PAD", "CIFAR-100", 1, 40, 100, 3, 0, 20),
+    PublishedSetting("PAD", "CIFAR-100", 10, 80, 1000, 2, 0, 40),
+    PublishedSetting("PAD", "CIFAR-100", 50, 80, 1000, 2, 40, 80),
+    PublishedSetting("PAD", "CIFAR-100", 100, 80, 1000, 2, 40, 80),
+    PublishedSetting("PAD", "Tiny ImageNet", 1, 60, 200, 2, 0, 30),
+    PublishedSetting("PAD", "Tiny ImageNet", 10, 60, 250, 2, 0, 40),
+    PublishedSetting("PAD", "Tiny ImageNet", 50, 80, 250, 2, 20, 60),
+    # arXiv 2410.17193, its configuration files.
+    PublishedSetting("EDF", "ImageNette", 1, 40, None, 2, 0, 10),
+    PublishedSetting("EDF", "ImageNette", 10, 40, 200, 2, 0, 20),
+    PublishedSetting("EDF", "ImageNette", 50, 80, 128, 2, 0, 40),
+    PublishedSetting("EDF", "ImageWoof", 1, 40, None, 2, 0, 10),
+    PublishedSetting("EDF", "ImageWoof", 10, 40, 250, 2, 0, 20),
+    PublishedSetting("EDF", "ImageWoof", 50, 40, 250, 2, 0, 40),
+    PublishedSetting("EDF", "ImageMeow", 1, 40, None, 2, 0, 10),
+    PublishedSetting("EDF", "ImageMeow", 10, 40, 250, 2, 0, 20),
+    PublishedSetting("EDF", "ImageMeow", 50, 80, 128, 2, 0, 40),
+    PublishedSetting("EDF", "ImageYellow", 1, 40, None, 2, 0, 10),
+    PublishedSetting("EDF", "ImageYellow", 10, 40, 250, 2, 0, 20),
+    PublishedSetting("EDF", "ImageYellow", 50, 40, 200, 2, 0, 40),
+    PublishedSetting("EDF", "ImageSquawk", 1, 40, None, 2, 0, 10),
+    PublishedSetting("EDF", "ImageSquawk", 10, 40, 250, 2, 0, 20),
+    PublishedSetting("EDF", "ImageSquawk", 50, 80, 128, 2, 0, 40),
+    PublishedSetting("EDF", "ImageFruit", 50, 80, 128, 2, 0, 40),
+    PublishedSetting("EDF", "Comp-DD", 1, 40, None, 2, 0, 10),
+    PublishedSetting("EDF", "Comp-DD", 10, 40, 200, 2, 0, 20),
+    PublishedSetting("EDF", "Comp-DD", 50, 40, 200, 2, 0, 40),
+)
+
+
+def published_costs() -> dict[str, CostEstimate]:
+    """Estimates what every published setting needs.
+
+    Returns:
+        `dict[str, CostEstimate]`: by name.
+    """
+    return {setting.name: setting.estimate() for setting in PUBLISHED_SETTINGS}
+
+
+def _for_data(
+    config: PreTrainedConfig | Mapping[str, Any], image_shape: tuple[int, int, int], num_classes: int
+) -> PreTrainedConfig:
+    config = copy.deepcopy(student_config(config))
+    config.num_labels = num_classes
+    channels, height, width = image_shape
+    size = height if height == width else (height, width)
+    for name, value in {"num_channels": channels, "image_size": size}.items():
+        if hasattr(config, name):
+            setattr(config, name, value)
+    return config
+
+
+def _count(config: PreTrainedConfig, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Parameters, FLOP of one image, and values that come out of convolutions and matrix products."""
+    try:
+        return _count_on("meta", config, image_shape)
+    # Not every operator works on tensors without data.
+    except RuntimeError:
+        return _count_on("cpu", config, image_shape)
+
+
+def _count_on(device: str, config: PreTrainedConfig, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    with torch.device(device):
+        student = build_student(config)
+        with torch.no_grad(), math_attention(), _OutputCounter() as outputs, FlopCounterMode(display=False) as flop:
+            student(torch.zeros(1, *image_shape))
+    return sum(parameter.numel() for parameter in student.parameters()), flop.get_total_flops(), outputs.values
+
+
+class _OutputCounter(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.values = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func.overloadpacket in _PRODUCTS:
+            self.values += output.numel()
+        return output

@@ -1,0 +1,192 @@
+"""What is known about a distilled set, as plain values for the `distillation.json` beside it."""
+
+import json
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.utils import logging
+
+from hf_effml.utils.benchmark import describe_run
+
+from .modeling_distilled_dataset import DistilledDatasetModel
+from .protocols import get_protocol
+from .students import student_name
+from .training_sets import as_training_set
+
+
+if TYPE_CHECKING:
+    from .evaluation_report import EvaluationReport
+    from .trajectory_bank import TrajectoryBank
+
+
+__all__ = ["FORMAT_VERSION", "describe_distillation", "names_of_classes", "peak_memory_so_far"]
+
+logger = logging.get_logger(__name__)
+
+FORMAT_VERSION = 1
+# What a configuration says about its file, and nothing about the network.
+_ABOUT_THE_FILE = ("_name_or_path", "architectures", "auto_map", "dtype", "transformers_version")
+
+
+def describe_distillation(
+    model: DistilledDatasetModel,
+    *,
+    reports: "Sequence[EvaluationReport]" = (),
+    bank: "TrajectoryBank | None" = None,
+    license: str | None = None,
+    steps: int | None = None,
+    selection: Mapping[str, Any] | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    seed: int | None = None,
+    command: str | None = None,
+    device: torch.device | str | None = None,
+    processes: int | None = None,
+    seconds: float | None = None,
+    peak_memory_bytes: int | None = None,
+) -> dict[str, Any]:
+    """Gathers what others need to use a distilled set, to judge it and to make it again.
+
+    What is not known is left out. Paths and tokens in what is passed stay in it; [`~hf_effml.hub.privacy.scrub`] takes
+    them out.
+
+    Args:
+        model ([`DistilledDatasetModel`]):
+            The set.
+        reports (`Sequence[EvaluationReport]`, *optional*, defaults to `()`):
+            From [`evaluate_distilled`], one per network.
+        bank ([`TrajectoryBank`], *optional*):
+            The experts.
+        license (`str`, *optional*):
+            The Hub's keyword for the license of the real images, which holds for those made from them too.
+        steps (`int`, *optional*):
+            Steps of the distillation.
+        selection (`Mapping`, *optional*):
+            Which of them the set is from (`step`) and why (`rule`), with what it was chosen by.
+        arguments (`Mapping`, *optional*):
+            Arguments that shaped the run.
+        seed (`int`, *optional*):
+            Seed of the run.
+        command (`str`, *optional*):
+            Command line of the run.
+        device (`torch.device` or `str`, *optional*):
+            Where it ran; this machine's processor or GPU is then named.
+        processes (`int`, *optional*):
+            On how many processes.
+        seconds (`float`, *optional*):
+            How long it took.
+        peak_memory_bytes (`int`, *optional*):
+            Most memory that it held.
+
+    Returns:
+        `dict[str, Any]`: plain values for JSON.
+
+    Raises:
+        ValueError: If the learned step size is not positive.
+
+    Example:
+
+    ```python
+    >>> from hf_effml import DistilledDatasetConfig, DistilledDatasetModel
+    >>> from hf_effml.distillation.distillation_info import describe_distillation
+
+    >>> model = DistilledDatasetModel(DistilledDatasetConfig(images_per_class=2, image_size=8))
+    >>> info = describe_distillation(model, seed=0)
+    >>> info["image_shape"], info["protocol"]["epochs"], info["seed"], "bank" in info
+    ([3, 8, 8], 1001, 0, False)
+    ```
+    """
+    config = model.config
+    student = {key: value for key, value in (config.student or {}).items() if key not in _ABOUT_THE_FILE}
+    low, high = model.images.detach().aminmax()
+    found = {
+        "format_version": FORMAT_VERSION,
+        "hf_effml_version": version("hf-effml"),
+        "method": config.method,
+        "dataset": _describe_data(config.dataset, bank, license),
+        "classes": names_of_classes(model),
+        "images_per_class": config.images_per_class,
+        "images": config.num_images,
+        "image_shape": list(model.images.shape[1:]),
+        "value_range": [low.item(), high.item()],
+        "soft_labels": "logits",
+        "learning_rate": float(model.lr.detach()),
+        "preprocessing": config.preprocessing,
+        "student": student or None,
+        "student_name": student_name(student) if student else None,
+        "protocol": get_protocol("tm").for_set(as_training_set(model)).to_dict(),
+        "bank": None if bank is None else bank.repo_id or bank.folder.resolve().name,
+        "experts": None if bank is None else _describe_experts(bank),
+        "steps": steps,
+        "selected": None if selection is None else dict(selection),
+        "arguments": None if arguments is None else dict(arguments),
+        "seed": seed,
+        "command": command,
+        "processes": processes,
+        "seconds": None if seconds is None else round(seconds, 1),
+        "peak_memory_bytes": peak_memory_bytes,
+        "results": [report.to_dict() for report in reports],
+    }
+    if device is not None:
+        run = describe_run(seed=seed or 0, rounds=1, device=device)
+        found |= {
+            "device": run["processor"] if run["device"] == "cpu" else run["device"],
+            "versions": {name: number for name, number in run["versions"].items() if number},
+            "date": run["date"],
+        }
+    # As the file will hold it, with names as keys and lists instead of tuples.
+    return json.loads(json.dumps({key: value for key, value in found.items() if value is not None}, default=str))
+
+
+def names_of_classes(model: DistilledDatasetModel) -> list[str]:
+    """Names of a set's classes, in the order of their numbers.
+
+    Args:
+        model ([`DistilledDatasetModel`]):
+            The set.
+
+    Returns:
+        `list[str]`
+    """
+    return [str(model.config.id2label[number]) for number in range(model.config.num_labels)]
+
+
+def peak_memory_so_far(device: torch.device | str) -> int | None:
+    """The most memory that this process has held: of a GPU its tensors, otherwise all of the process.
+
+    Args:
+        device (`torch.device` or `str`):
+            Where it computes.
+
+    Returns:
+        `int` or `None`: bytes; `None` where the system does not tell.
+    """
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        from resource import RUSAGE_SELF, getrusage
+    except ImportError:
+        return None
+    # Linux counts in KiB.
+    return getrusage(RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _describe_data(
+    dataset: Mapping[str, Any] | None, bank: "TrajectoryBank | None", license: str | None
+) -> dict[str, Any] | None:
+    found = dict(dataset or {})
+    experts = {} if bank is None else bank.metadata.get("dataset") or {}
+    splits = {name: experts[f"{name}_images"] for name in ("train", "validation") if experts.get(f"{name}_images")}
+    if splits:
+        found.setdefault("splits", splits)
+    if license is not None:
+        found["license"] = license
+    return {key: value for key, value in found.items() if value is not None} or None
+
+
+def _describe_experts(bank: "TrajectoryBank") -> dict[str, Any]:
+    names = ("training", "augmentation", "curriculum")
+    found = {"number": len(bank), "revision": bank.revision, "epochs": [bank.epochs[0], bank.epochs[-1]]}
+    found |= {name: bank.metadata.get(name) for name in names}
+    return {key: value for key, value in found.items() if value is not None}

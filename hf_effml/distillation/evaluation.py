@@ -1,0 +1,311 @@
+"""How good a distilled set is: networks trained on it and, by the same rules, on what it has to be better than."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers.utils import logging
+
+from .differentiable_augmentation import AugmentationSettings
+from .evaluation_report import EvaluationReport, MeasuredAccuracy, comparison_rows
+from .initialization import soft_labels_from_experts
+from .protocols import PROTOCOLS, EvaluationProtocol, get_protocol
+from .student_training import accuracy, train_student
+from .students import Student, student_by_name, student_name
+from .training_sets import TrainingSet, as_training_set, random_real_images
+
+
+if TYPE_CHECKING:
+    from .real_images import RealImages
+    from .trajectory_bank import TrajectoryBank
+
+
+__all__ = [
+    "PROTOCOLS",
+    "EvaluationProtocol",
+    "EvaluationReport",
+    "MeasuredAccuracy",
+    "TrainingSet",
+    "accuracy",
+    "as_training_set",
+    "comparison_rows",
+    "cross_architecture",
+    "evaluate_distilled",
+    "get_protocol",
+    "random_real_images",
+    "train_student",
+]
+
+_ALL_OPERATIONS = AugmentationSettings().strategy
+
+
+def evaluate_distilled(
+    dataset: Any,
+    student: Student | str,
+    test: "RealImages",
+    *,
+    protocol: str | EvaluationProtocol = "tm",
+    seeds: Sequence[int] = (0, 1, 2),
+    real: "RealImages | None" = None,
+    bank: "TrajectoryBank | None" = None,
+    initial: Any = None,
+    last: Any = None,
+    teacher: nn.Module | None = None,
+    full_accuracy: float | None = None,
+    full_epochs: int = 100,
+    draws: int = 3,
+    baselines: bool = True,
+    learning_rate: float | None = None,
+    split: str = "test",
+    name: str | None = None,
+    device: torch.device | str | None = None,
+    disable_tqdm: bool = False,
+) -> EvaluationReport:
+    """Measures a distilled set beside random real images under the same protocol, so that the numbers cannot flatter.
+
+    What is measured, each with fresh networks of every seed: the set with its own labels; its images with hard labels;
+    as many random real images, drawn `draws` times, with labels of the same kind and with hard labels; the set and
+    the random images once more without augmentation; the set before it was distilled and that of the last step, if
+    given; and all real images with hard labels. From those come the scores of DD-Ranking, see
+    [`~hf_effml.distillation.ranking`].
+
+    Only the accuracy at the end of training counts, on `test` as given. To choose between sets, give images that were
+    cut from the training data and name them with `split="validation"`.
+
+    Args:
+        dataset ([`TrainingSet`], [`DistilledDatasetModel`], `datasets.Dataset` or a `list` of them):
+            The distilled set; several are distillations with different seeds, whose spread then counts too.
+        student (`PreTrainedConfig`, `Mapping`, `Callable[[], nn.Module]` or `str`):
+            The network to train, or its name as in [`student_by_name`].
+        test ([`RealImages`]):
+            What accuracy is measured on.
+        protocol (`str` or [`EvaluationProtocol`], *optional*, defaults to `"tm"`):
+            How to train, see [`get_protocol`].
+        seeds (`Sequence[int]`, *optional*, defaults to `(0, 1, 2)`):
+            Seeds of the networks.
+        real ([`RealImages`], *optional*):
+            The training images. Without them nothing is compared with random images.
+        bank ([`TrajectoryBank`], *optional*):
+            The experts that give random images their soft labels, and the teacher where the protocol needs one.
+        initial ([`TrainingSet`] or [`DistilledDatasetModel`], *optional*):
+            The set before it was distilled.
+        last ([`TrainingSet`] or [`DistilledDatasetModel`], *optional*):
+            The set at the last step, where `dataset` was selected from the steps before.
+        teacher (`nn.Module`, *optional*):
+            The teacher for protocols with `labels="teacher"`; the bank's first expert if unset.
+        full_accuracy (`float`, *optional*):
+            Accuracy of the network trained on all real images, if known; from 0 to 1.
+        full_epochs (`int`, *optional*, defaults to 100):
+            Otherwise the network is trained once on `real` with hard labels for so many epochs; 0 leaves it out.
+        draws (`int`, *optional*, defaults to 3):
+            How often random images are drawn.
+        baselines (`bool`, *optional*, defaults to `True`):
+            `False` measures the set with its own labels and nothing else.
+        learning_rate (`float`, *optional*):
+            The learned learning rate of a `datasets.Dataset`, which holds none; otherwise in place of the set's.
+        split (`str`, *optional*, defaults to `"test"`):
+            What kind of images `test` are; the report says it.
+        name (`str`, *optional*):
+            What to call the network in the report.
+        device (`torch.device` or `str`, *optional*):
+            Where to train; a GPU if there is one.
+        disable_tqdm (`bool`, *optional*, defaults to `False`):
+            Show no progress bars.
+
+    Returns:
+        [`EvaluationReport`]: all accuracies and scores.
+
+    Raises:
+        ValueError: If the images do not fit together, or what the protocol needs is not there.
+
+    Example:
+
+    ```python
+    >>> from hf_effml.distillation.evaluation import evaluate_distilled
+
+    >>> report = evaluate_distilled(model, "convnet", data.test, real=data.train, bank=bank)  # doctest: +SKIP
+    >>> report.accuracy, report.scores["IOR"]  # doctest: +SKIP
+    (0.848, 0.101)
+    ```
+    """
+    started = time.perf_counter()
+    sets = [as_training_set(one, learning_rate) for one in (dataset if isinstance(dataset, list) else [dataset])]
+    others = {key: as_training_set(one) for key, one in (("initial", initial), ("last", last)) if one is not None}
+    rules = get_protocol(protocol)
+    for one in [*sets, *others.values()]:
+        _check_set(one, test)
+        rules.for_set(one)
+    _check(test, real, seeds, draws, full_accuracy)
+    if isinstance(student, str):
+        name = name or student
+        student = student_by_name(student, test.images.shape[2:], test.images.shape[1], test.num_labels)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device is None else torch.device(device)
+    if rules.labels == "teacher" and teacher is None and bank is not None:
+        teacher = bank.network(0)
+    plan, notes = _Plan(rules, seeds), []
+    plan.add("distilled", sets)
+    if baselines:
+        notes = plan.add_baselines(sets, others, real, bank, draws, device)
+        if full_accuracy is None and full_epochs and real is not None:
+            everything = TrainingSet(real.images, real.labels, augmentation=sets[0].augmentation)
+            plan.add("full", [everything], get_protocol("hard", epochs=full_epochs), seeds[:1])
+    values: dict[str, list[float]] = {} if full_accuracy is None else {"full": [full_accuracy]}
+    for key, one, how, seed in logging.tqdm(plan.trainings, desc="trainings", leave=False, disable=disable_tqdm):
+        network = train_student(one, student, how, seed, device, teacher, disable_tqdm)
+        values.setdefault(key, []).append(accuracy(network, test))
+    return EvaluationReport(
+        student=name or student_name(student),
+        protocol=rules.for_set(sets[0]),
+        split=split,
+        test_images=len(test),
+        test_fingerprint=test.fingerprint,
+        images=len(sets[0].images),
+        classes=test.num_labels,
+        learning_rates=tuple(one.learning_rate for one in sets),
+        seeds=tuple(seeds),
+        draws=draws if real is not None and baselines else 0,
+        accuracies={key: MeasuredAccuracy.of(found) for key, found in values.items()},
+        notes=tuple(notes),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def cross_architecture(
+    dataset: Any,
+    students: Sequence[Student | str] | Mapping[str, Student | str],
+    test: "RealImages",
+    *,
+    full_accuracy: Mapping[str, float] | None = None,
+    **options: Any,
+) -> list[EvaluationReport]:
+    """Measures a distilled set with several networks, most of which it was not made with.
+
+    Args:
+        dataset ([`TrainingSet`], [`DistilledDatasetModel`], `datasets.Dataset` or a `list` of them):
+            The distilled set.
+        students (`Sequence` or `Mapping[str, Student | str]`):
+            The networks, or their names as in [`student_by_name`]; the keys of a mapping name them in the report.
+        test ([`RealImages`]):
+            What accuracy is measured on.
+        full_accuracy (`Mapping[str, float]`, *optional*):
+            By name of the network, its accuracy when trained on all real images.
+        options (`dict`, *optional*):
+            Further arguments of [`evaluate_distilled`].
+
+    Returns:
+        `list[EvaluationReport]`: one per network; [`comparison_rows`] makes a table of them.
+    """
+    named = dict(students) if isinstance(students, Mapping) else {_name(student): student for student in students}
+    return [
+        evaluate_distilled(dataset, student, test, name=name, full_accuracy=(full_accuracy or {}).get(name), **options)
+        for name, student in named.items()
+    ]
+
+
+class _Plan:
+    """All trainings of an evaluation: name of the row, what is trained on, how, and with which seed."""
+
+    def __init__(self, protocol: EvaluationProtocol, seeds: Sequence[int]):
+        self.protocol, self.seeds = protocol, seeds
+        self.trainings: list[tuple[str, TrainingSet, EvaluationProtocol, int]] = []
+
+    def add(
+        self,
+        key: str,
+        sets: Sequence[TrainingSet],
+        protocol: EvaluationProtocol | None = None,
+        seeds: Sequence[int] | None = None,
+    ) -> None:
+        """Every set with every seed."""
+        self.trainings += [(key, one, protocol or self.protocol, seed) for one in sets for seed in seeds or self.seeds]
+
+    def add_baselines(
+        self,
+        sets: Sequence[TrainingSet],
+        others: Mapping[str, TrainingSet],
+        real: "RealImages | None",
+        bank: "TrajectoryBank | None",
+        draws: int,
+        device: torch.device,
+    ) -> list[str]:
+        """Adds what the sets are compared with, and returns remarks on what they cannot be compared with."""
+        labels = self.protocol.labels
+        hard = replace(self.protocol, labels="hard")
+        # The other half of the augmentation-robust score.
+        own = self.protocol.for_set(sets[0]).augmentation or AugmentationSettings()
+        switched = replace(
+            self.protocol, augmentation=AugmentationSettings("none" if own.operations else _ALL_OPERATIONS)
+        )
+        self.add("distilled_switched", sets, switched)
+        if labels != "hard":
+            self.add("distilled_hard", sets, hard)
+        for key, one in others.items():
+            self.add(key, [one])
+        if real is None:
+            return ["Without `real` images there is nothing random to compare with: IOR, LRS and ARS are missing."]
+        random = [_random_set(real, sets[0], draw) for draw in range(draws)]
+        if labels != "hard":
+            self.add("random_hard", random, hard)
+        if labels == "soft":
+            if bank is None:
+                return ["Without a `bank` random images have no soft labels: IOR, LRS and ARS are missing."]
+            random = [_with_soft_labels(one, bank, device) for one in random]
+        self.add("random", random)
+        self.add("random_switched", random, switched)
+        return []
+
+
+def _random_set(real: "RealImages", like: TrainingSet, draw: int) -> TrainingSet:
+    chosen = random_real_images(real, like.class_ids, draw).to(real.images.device)
+    return like._replace(images=real.images[chosen], class_ids=real.labels[chosen], soft_labels=None)
+
+
+def _with_soft_labels(training_set: TrainingSet, bank: "TrajectoryBank", device: torch.device) -> TrainingSet:
+    logits = soft_labels_from_experts(bank, training_set.images, training_set.class_ids, device=device)
+    return training_set._replace(soft_labels=logits)
+
+
+def _name(student: Student | str) -> str:
+    return student if isinstance(student, str) else student_name(student)
+
+
+def _check(
+    test: "RealImages", real: "RealImages | None", seeds: Sequence[int], draws: int, full_accuracy: float | None
+) -> None:
+    if not seeds:
+        raise ValueError("`seeds` must name at least one seed.")
+    if draws < 1:
+        raise ValueError(f"`draws` must be at least 1; got {draws}.")
+    if real is not None and real.fingerprint == test.fingerprint:
+        raise ValueError("`real` and `test` are the same images. Give the training images as `real`.")
+    if full_accuracy is not None and not 0 <= full_accuracy <= 1:
+        raise ValueError(f"`full_accuracy` must be from 0 to 1; got {full_accuracy}. Divide per cent by 100.")
+    if real is not None and real.images.shape[1:] != test.images.shape[1:]:
+        raise ValueError(
+            f"`real` and `test` must be preprocessed alike; got images of shape {tuple(real.images.shape[1:])} and "
+            f"{tuple(test.images.shape[1:])}."
+        )
+
+
+def _check_set(training_set: TrainingSet, test: "RealImages") -> None:
+    images, class_ids, soft_labels = training_set[:3]
+    if images.shape[1:] != test.images.shape[1:]:
+        raise ValueError(
+            f"The set has images of shape {tuple(images.shape[1:])}, `test` of shape {tuple(test.images.shape[1:])}. "
+            "Preprocess the real images with the image processor that was saved beside the set."
+        )
+    if len(class_ids) != len(images) or int(class_ids.min()) < 0 or int(class_ids.max()) >= test.num_labels:
+        raise ValueError(
+            f"The set must have one class number below {test.num_labels}, the classes of `test`, for each of its "
+            f"{len(images)} images; got {len(class_ids)} from {int(class_ids.min())} to {int(class_ids.max())}."
+        )
+    if soft_labels is not None and soft_labels.shape != (len(images), test.num_labels):
+        raise ValueError(
+            f"The soft labels must have the shape {(len(images), test.num_labels)}, as `test` has {test.num_labels} "
+            f"classes; got {tuple(soft_labels.shape)}."
+        )
+    if soft_labels is not None and not torch.isfinite(soft_labels).all():
+        raise ValueError("The soft labels hold values that are not finite. The distillation has failed.")

@@ -1,0 +1,152 @@
+"""The plain convolutional classifier that dataset distillation is measured with."""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
+
+from .configuration_convnet import ConvNetConfig
+
+
+# None of them works in place: gradients of gradients need what they were given.
+_ACTIVATIONS = {"relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "sigmoid": nn.Sigmoid}
+_POOLINGS = {"avg": nn.AvgPool2d, "max": nn.MaxPool2d}
+
+
+def _norm(config: ConvNetConfig, map_size: tuple[int, int]) -> list[nn.Module]:
+    width = config.hidden_size
+    if config.norm == "instance":
+        return [nn.GroupNorm(width, width)]
+    if config.norm == "group":
+        return [nn.GroupNorm(4, width)]
+    if config.norm == "batch":
+        return [nn.BatchNorm2d(width)]
+    if config.norm == "layer":
+        return [nn.LayerNorm([width, *map_size])]
+    return []
+
+
+def _block(config: ConvNetConfig, index: int) -> list[nn.Module]:
+    """Convolution, normalisation, activation, pooling."""
+    channels = config.hidden_size if index else config.num_channels
+    padding = 3 if channels == 1 and index == 0 else 1
+    pool = _POOLINGS.get(config.pooling)
+    return [
+        nn.Conv2d(channels, config.hidden_size, kernel_size=3, padding=padding),
+        *_norm(config, config.map_sizes[index]),
+        _ACTIVATIONS[config.activation](),
+        *([] if pool is None else [pool(kernel_size=2, stride=2)]),
+    ]
+
+
+class ConvNetForImageClassification(PreTrainedModel):
+    r"""
+    `depth` blocks of convolution, normalisation, activation and pooling, then one linear layer on the flattened map:
+    the ConvNet of trajectory matching (https://huggingface.co/papers/2203.11932), for any image size.
+
+    Parameters carry the official names, `features.0.weight` to `classifier.bias`.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from hf_effml import ConvNetConfig, ConvNetForImageClassification
+
+    >>> model = ConvNetForImageClassification(ConvNetConfig(num_labels=10))
+    >>> model(torch.zeros(2, 3, 32, 32)).logits.shape, model.num_parameters()
+    (torch.Size([2, 10]), 320010)
+
+    ```
+    """
+
+    config_class = ConvNetConfig
+    base_model_prefix = "convnet"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: ConvNetConfig):
+        super().__init__(config)
+        blocks = [_block(config, index) for index in range(config.depth)]
+        self.features = nn.Sequential(*(layer for block in blocks for layer in block))
+        self.classifier = nn.Linear(config.hidden_size * math.prod(config.feature_size), config.num_labels)
+        self._block_length = len(blocks[0])
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initial values as torch itself draws them, on which published trajectories start."""
+        super()._init_weights(module)
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            bound = module.weight[0].numel() ** -0.5
+            init.uniform_(module.weight, -bound, bound)
+            init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> ImageClassifierOutputWithNoAttention | tuple:
+        """
+        Classify images.
+
+        Args:
+            pixel_values (`Tensor` of shape `(batch, channels, height, width)`): Preprocessed images.
+            labels (`Tensor`, *optional*):
+                Class numbers `(batch,)`, or soft targets `(batch, num_labels)` that add up to 1.
+            output_hidden_states (`bool`, *optional*): Also return the feature map after every block.
+            return_dict (`bool`, *optional*): `False` returns a tuple.
+
+        Returns:
+            `ImageClassifierOutputWithNoAttention`: loss (with `labels`), logits and, if asked for, feature maps.
+
+        Raises:
+            ValueError: If images have the wrong shape or soft labels the wrong number of columns.
+        """
+        self._check(pixel_values)
+        hidden = pixel_values.to(self.features[0].weight.dtype)
+        maps = []
+        for index, layer in enumerate(self.features, start=1):
+            hidden = layer(hidden)
+            if index % self._block_length == 0:
+                maps.append(hidden)
+        logits = self.classifier(hidden.flatten(1))
+        wants_maps = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        output = ImageClassifierOutputWithNoAttention(
+            loss=None if labels is None else self._loss(logits, labels),
+            logits=logits,
+            hidden_states=tuple(maps) if wants_maps else None,
+        )
+        as_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if as_dict else output.to_tuple()
+
+    def _check(self, pixel_values: Tensor) -> None:
+        wanted = (self.config.num_channels, *self.config.image_shape)
+        if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != wanted:
+            raise ValueError(
+                f"`pixel_values` must have the shape (batch, {', '.join(map(str, wanted))}); got "
+                f"{tuple(pixel_values.shape)}. Resize the images, or build the model for their `image_size` and "
+                "`num_channels`."
+            )
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        if labels.is_floating_point() and labels.shape != logits.shape:
+            raise ValueError(
+                f"Floating-point `labels` are soft targets of shape {tuple(logits.shape)}; got "
+                f"{tuple(labels.shape)}. Pass class numbers as integers."
+            )
+        return F.cross_entropy(logits.float(), labels)
+
+
+__all__ = ["ConvNetForImageClassification"]

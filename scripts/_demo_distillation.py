@@ -1,0 +1,92 @@
+"""The demo's part on dataset distillation: ten images that stand for nine hundred."""
+
+from pathlib import Path
+from typing import Any
+
+
+_EXPERTS, _EPOCHS, _STEPS = 4, 8, 100
+
+
+def distil_digits(out: Path, seed: int) -> tuple[list[dict[str, Any]], Path]:
+    """Trains experts on the digits, distils one image per class and compares it with real ones.
+
+    Args:
+        out (`Path`):
+            Folder to write: `distilled-digits` in it, and a picture.
+        seed (`int`):
+            Seed of everything.
+
+    Returns:
+        `tuple[list[dict], Path]`: rows with what networks were trained on and their test accuracy, and the folder of
+        the distilled set.
+    """
+    from transformers import PrinterCallback
+
+    from hf_effml import (
+        ConvNetConfig,
+        DataCurriculum,
+        ExpertTrainer,
+        ExpertTrainingArguments,
+        PADTrainer,
+        PADTrainingArguments,
+        distilled_from_real,
+        evaluate_distilled,
+        load_real_images,
+        score_difficulty,
+    )
+    from hf_effml.distillation.difficulty import easy_to_hard
+    from hf_effml.distillation.evaluation import get_protocol
+
+    data = load_real_images("digits", whiten=False, seed=seed)
+    config = ConvNetConfig(
+        num_channels=1, image_size=8, hidden_size=16, depth=2, id2label=dict(enumerate("0123456789"))
+    )
+    experts = ExpertTrainingArguments(
+        output_dir=str(out / "digits-experts"),
+        num_experts=_EXPERTS,
+        num_train_epochs=_EPOCHS,
+        train_batch_size=32,
+        learning_rate=0.02,
+        eval_epochs=_EPOCHS,
+        seed=seed,
+    )
+    scores = score_difficulty(
+        data.train, config, n_runs=1, epoch=2, seed=seed, learning_rate=0.02, batch_size=32, disable_tqdm=True
+    )
+    curriculum = DataCurriculum(add_end_epoch=2, remove=((4, 0.1), (6, 0.2)))
+    bank = ExpertTrainer(config, experts, data, curriculum, easy_to_hard(scores, data.train.labels)).train()
+    start = distilled_from_real(data, bank, 1, seed=seed)
+    args = PADTrainingArguments(
+        output_dir=str(out / "distilled-digits"),
+        max_steps=_STEPS,
+        syn_steps=10,
+        max_start_epoch=4,
+        lr_img=100.0,
+        seed=seed,
+        use_cpu=True,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    trainer = PADTrainer(start, args, bank=bank)
+    trainer.remove_callback(PrinterCallback)
+    initial = distilled_from_real(data, bank, 1, seed=seed)
+    trainer.train()
+    report = evaluate_distilled(
+        trainer.model,
+        config,
+        data.test,
+        protocol=get_protocol("tm-short", epochs=150),
+        seeds=(0, 1),
+        real=data.train,
+        bank=bank,
+        initial=initial,
+        full_epochs=20,
+        draws=1,
+        disable_tqdm=True,
+    )
+    trainer.save_model()
+    folder = trainer.save_dataset(reports=[report])
+    trainer.save_picture(out / "distilled_digits.png")
+    return report.rows(), folder

@@ -1,0 +1,335 @@
+"""Time, memory and exactness of the gradient of trajectory matching, five ways, and of what else happens often.
+
+All ways get the same batches, augmentations and segment. Errors are those against the full unroll in double precision.
+
+Example: `hf-effml bench distillation --syn_steps 20 40`
+"""
+
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from hf_effml.cli.parsing import parse_arguments, run_script
+
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hf_effml.distillation.flat_student import FlatStudent
+    from hf_effml.distillation.unroll import InnerStep, SyntheticGradients
+
+FULL, CHECKPOINTED, FIRST_ORDER = "full unroll", "checkpointed unroll", "first order (TESLA)"
+OURS, COMPILED = "ours", "ours, compiled"
+
+
+@dataclass
+class BenchArguments:
+    """What to measure. The defaults take some five minutes on one core, most of it for the compiler."""
+
+    hidden_size: int = field(default=32, metadata={"help": "Width of the ConvNet."})
+    depth: int = field(default=3, metadata={"help": "Its depth."})
+    image_size: int = field(default=16, metadata={"help": "Side of the images."})
+    batch_syn: int = field(default=40, metadata={"help": "Synthetic images in a step; all of them."})
+    syn_steps: list[int] = field(default_factory=lambda: [20, 40], metadata={"help": "Steps of the unroll."})
+    bank_experts: list[int] = field(default_factory=lambda: [2, 16], metadata={"help": "Sizes of banks to read."})
+    compile: bool = field(default=True, metadata={"help": "Measure the compiled derivatives too."})
+    published: bool = field(default=True, metadata={"help": "Print what the published settings need."})
+    rounds: int = field(default=5, metadata={"help": "Interleaved samples of every way."})
+    threads: int = field(default=1, metadata={"help": "Threads of torch."})
+    seed: int = field(default=0, metadata={"help": "Of images, weights and batches."})
+    device: str = field(default="cpu", metadata={"help": "Where to compute."})
+    output_dir: str = field(default="benchmarks", metadata={"help": "Folder of the report."})
+
+
+@dataclass
+class Segment:
+    """One segment to match, and the student that does."""
+
+    student: "FlatStudent"
+    images: "Tensor"
+    labels: "Tensor"
+    lr: "Tensor"
+    start: "Tensor"
+    target: "Tensor"
+    plan: "list[InnerStep]"
+
+    def in_double(self) -> "Segment":
+        """The same in double precision."""
+        import copy
+
+        student = copy.copy(self.student)
+        student.module = copy.deepcopy(self.student.module).double()
+        images, labels, lr, start, target = (
+            tensor.double() for tensor in (self.images, self.labels, self.lr, self.start, self.target)
+        )
+        draws = [step._replace(draw=None if step.draw is None else _double(step.draw)) for step in self.plan]
+        return Segment(student, images, labels, lr, start, target, draws)
+
+
+def main(argv: list[str] | None = None) -> dict[str, object]:
+    """Runs the program with the arguments `argv` (the command line's when None) and returns its results."""
+    (args,) = parse_arguments(BenchArguments, argv=argv, prog="hf-effml bench distillation", description=__doc__)
+    import torch
+
+    from hf_effml.distillation.cost import cost_table, published_costs
+    from hf_effml.utils.benchmark import describe_run, markdown_table, one_line, write_report
+
+    torch.set_num_threads(args.threads)
+    run = describe_run(seed=args.seed, rounds=args.rounds, threads=args.threads, device=args.device)
+    gradients = [row for steps in args.syn_steps for row in _bench_gradient(args, steps)]
+    others = [*_bench_bank(args), _bench_maps(args), *_bench_augmentation(args)]
+    results: dict[str, object] = {"run": run, "settings": vars(args), "gradients": gradients, "others": others}
+    tables = [
+        f"## One gradient of the matching loss\n\n{markdown_table(gradients)}",
+        f"## What else happens often\n\n{markdown_table(others)}",
+    ]
+    if args.published:
+        results["published"] = published = cost_table(published_costs())
+        tables.append(f"## What the published settings need\n\n{markdown_table(published)}")
+    tables.append(one_line(run))
+    print("\n\n".join(tables))
+    print(f"\nWrote {write_report(args.output_dir, 'bench_distillation', results, tables)}")
+    return results
+
+
+def make_segment(args: BenchArguments, steps: int) -> Segment:
+    """Makes a student, images and a segment of plausible size.
+
+    Args:
+        args (`BenchArguments`):
+            Sizes and seed.
+        steps (`int`):
+            Steps of the unroll.
+
+    Returns:
+        `Segment`
+    """
+    import torch
+
+    from hf_effml.distillation import AugmentationSettings, ConvNetConfig, FlatStudent, build_student
+    from hf_effml.distillation.unroll import plan_steps
+
+    generator = torch.Generator().manual_seed(args.seed)
+    config = ConvNetConfig(
+        image_size=args.image_size,
+        hidden_size=args.hidden_size,
+        depth=args.depth,
+        id2label=dict(enumerate("0123456789")),
+    )
+    student = FlatStudent(build_student(config, seed=args.seed)).to(args.device)
+    start = student.flatten()
+    count, size = args.batch_syn, args.image_size
+    images = torch.randn(count, 3, size, size, generator=generator)
+    labels = 3 * torch.randn(count, 10, generator=generator)
+    away = 0.01 * torch.randn(len(start), generator=generator)
+    plan = plan_steps(
+        count,
+        (size, size),
+        steps=steps,
+        batch_size=count,
+        augmentation=AugmentationSettings(),
+        seed=args.seed,
+        device=args.device,
+    )
+    move = partial(torch.Tensor.to, device=args.device)
+    return Segment(student, move(images), move(labels), move(torch.tensor(0.01)), start, start + move(away), plan)
+
+
+def _bench_gradient(args: BenchArguments, steps: int) -> list[dict[str, Any]]:
+    from hf_effml.distillation.unroll import StudentDerivatives
+    from hf_effml.utils.benchmark import compare, peak_memory
+
+    segment = make_segment(args, steps)
+    eager = StudentDerivatives(segment.student)
+    ways: dict[str, Callable[[], list[Tensor]]] = {
+        FULL: partial(_unrolled, segment, eager, checkpoint=False),
+        CHECKPOINTED: partial(_unrolled, segment, eager, checkpoint=True),
+        FIRST_ORDER: partial(_matched, segment, eager, mode="first_order"),
+        OURS: partial(_matched, segment, eager),
+    }
+    if args.compile:
+        ways[COMPILED] = partial(_matched, segment, StudentDerivatives(segment.student, compile=True))
+    double = segment.in_double()
+    reference = _unrolled(double, StudentDerivatives(double.student), checkpoint=False)
+    exact = [name for name in ways if name != FIRST_ORDER]
+    timings = compare(ways, [exact], rounds=args.rounds, threads=args.threads, tolerance=1e-2)
+    memory = {name: peak_memory(way, args.device) for name, way in ways.items()}
+    rows = []
+    for name, way in ways.items():
+        images, labels, lr = (_error(*pair) for pair in zip(way(), reference, strict=True))
+        row: dict[str, Any] = {"steps": steps, "way": name, **timings[name].as_row()}
+        row["speed"] = round(timings[FULL].speedup(timings[name]), 3)
+        row["peak_MB"] = round(memory[name] / 1e6, 2)
+        row["of_full"] = f"1/{memory[FULL] / memory[name]:.1f}"
+        row["stored_parameters_MB"] = round((steps + 1) * segment.student.numel * 4 / 1e6, 2)
+        row |= {"error_images": images, "error_labels": labels, "error_lr": lr}
+        rows.append(row)
+    return rows
+
+
+def _unrolled(segment: Segment, derivatives: Any, checkpoint: bool) -> "list[Tensor]":
+    import torch
+
+    from hf_effml.distillation import AugmentationSettings
+    from hf_effml.distillation.matching import matching_loss
+    from hf_effml.distillation.unroll import unroll_reference
+
+    leaves = [tensor.clone().requires_grad_() for tensor in (segment.images, segment.labels, segment.lr)]
+    images, labels, lr = leaves
+    final = unroll_reference(
+        derivatives, images, labels, lr, segment.start, segment.plan, AugmentationSettings(), checkpoint=checkpoint
+    )
+    return list(torch.autograd.grad(matching_loss(final, segment.start, segment.target)[0], leaves))
+
+
+def _matched(segment: Segment, derivatives: Any, mode: Literal["exact", "first_order"] = "exact") -> "list[Tensor]":
+    from hf_effml.distillation import MatchingSettings, match_segment
+
+    settings = MatchingSettings(syn_steps=len(segment.plan), gradient_mode=mode, loss_threshold=float("inf"))
+    found: SyntheticGradients | None = match_segment(
+        derivatives,
+        segment.images,
+        segment.labels,
+        segment.lr,
+        segment.start,
+        segment.target,
+        segment.plan,
+        settings,
+    ).gradients
+    if found is None:
+        raise RuntimeError("The loss of the segment is not finite. Choose another seed or fewer steps.")
+    return list(found)
+
+
+def _error(given: "Tensor", expected: "Tensor") -> str:
+    return f"{((given.double() - expected).norm() / expected.norm()).item():.0e}"
+
+
+def _double(draw: Any) -> Any:
+    from hf_effml.distillation.differentiable_augmentation import AugmentationDraw
+
+    return AugmentationDraw(
+        draw.operation,
+        {name: value.double() if value.is_floating_point() else value for name, value in draw.values.items()},
+    )
+
+
+def _bench_bank(args: BenchArguments) -> list[dict[str, Any]]:
+    """Start and target out of banks of the 32-pixel ConvNet, 20 snapshots per expert, in another place every time."""
+    import torch
+
+    from hf_effml.distillation import ConvNetConfig, TrajectoryBank, build_student
+    from hf_effml.distillation.bank_files import write_bank, write_expert
+    from hf_effml.utils.benchmark import compare
+
+    config = ConvNetConfig(id2label=dict(enumerate("0123456789")))
+    parameters = [
+        {"name": name, "shape": list(value.shape)} for name, value in build_student(config).named_parameters()
+    ]
+    count = sum(torch.Size(entry["shape"]).numel() for entry in parameters)
+    rows = []
+    for experts in args.bank_experts:
+        folder = Path(tempfile.mkdtemp(prefix="hf-effml-bench-"))
+        try:
+            metadata = {
+                "num_experts": experts,
+                "student": config.to_dict(),
+                "parameters": parameters,
+                "epochs": list(range(20)),
+                "dtype": "float32",
+            }
+            for expert in range(experts):
+                write_expert(folder, expert, torch.rand(20, count), metadata)
+            write_bank(folder, metadata)
+            bank = TrajectoryBank.from_pretrained(folder)
+            turn = iter(range(10**9))
+
+            def read(bank: TrajectoryBank = bank, turn: Any = turn, experts: int = experts) -> "list[Tensor]":
+                place = next(turn)
+                return list(bank.pair(place % experts, place * 7 % 18, 2))
+
+            for _ in range(2 * experts):
+                read()
+            timing = compare({"read": read}, [], rounds=args.rounds, threads=args.threads)["read"]
+            what = f"start and target, bank of {experts} ({experts * 20 * count * 4 / 1e6:.0f} MB)"
+            rows.append({"what": what, "ms": round(timing.median, 3)})
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    return rows
+
+
+def _bench_maps(args: BenchArguments) -> dict[str, Any]:
+    import torch
+
+    from hf_effml.distillation import ConvNetConfig, build_student, class_activation_map
+    from hf_effml.utils.benchmark import compare
+
+    size = args.image_size
+    names = dict(enumerate("0123456789"))
+    network = build_student(ConvNetConfig(image_size=size, hidden_size=args.hidden_size, id2label=names)).to(
+        args.device
+    )
+    generator = torch.Generator().manual_seed(args.seed)
+    images = torch.randn(100, 3, size, size, generator=generator).to(args.device)
+    classes = (torch.arange(100) % 10).to(args.device)
+
+    def one_by_one() -> "Tensor":
+        maps = [class_activation_map(network, images[i : i + 1], classes[i : i + 1]) for i in range(len(images))]
+        return torch.cat(maps)
+
+    ways = {"batched": lambda: class_activation_map(network, images, classes), "one by one": one_by_one}
+    timings = compare(ways, [list(ways)], rounds=args.rounds, threads=args.threads, tolerance=1e-3)
+    return {
+        "what": "Grad-CAM of 100 images",
+        "ms": round(timings["batched"].median, 3),
+        "loop_ms": round(timings["one by one"].median, 3),
+        "faster": round(timings["one by one"].speedup(timings["batched"]), 2),
+    }
+
+
+def _bench_augmentation(args: BenchArguments) -> list[dict[str, Any]]:
+    import torch
+
+    from hf_effml.distillation import AugmentationSettings, augment, draw_augmentation
+    from hf_effml.distillation.differentiable_augmentation import OPERATIONS, AugmentationDraw
+    from hf_effml.utils.benchmark import compare
+
+    generator = torch.Generator().manual_seed(args.seed)
+    images = torch.rand(100, 3, 32, 32, generator=generator).to(args.device)
+    rows = []
+    for operation in OPERATIONS:
+        settings = AugmentationSettings(operation)
+        draw = draw_augmentation(settings, len(images), (32, 32), generator, args.device)
+        if draw is None:
+            continue
+
+        def at_once(draw: AugmentationDraw = draw, settings: AugmentationSettings = settings) -> "Tensor":
+            return augment(images, draw, settings)
+
+        def one_by_one(draw: AugmentationDraw = draw, settings: AugmentationSettings = settings) -> "Tensor":
+            parts = []
+            for i in range(len(images)):
+                own = AugmentationDraw(draw.operation, {name: value[i : i + 1] for name, value in draw.values.items()})
+                parts.append(augment(images[i : i + 1], own, settings))
+            return torch.cat(parts)
+
+        ways = {"at once": at_once, "one by one": one_by_one}
+        timings = compare(ways, [list(ways)], rounds=args.rounds, threads=args.threads, tolerance=1e-5)
+        rows.append(
+            {
+                "what": f"augmentation by {operation}, 100 images of 32 px",
+                "ms": round(timings["at once"].median, 3),
+                "loop_ms": round(timings["one by one"].median, 3),
+                "faster": round(timings["one by one"].speedup(timings["at once"]), 2),
+            }
+        )
+    return rows
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))

@@ -1,0 +1,30 @@
+"""Distils a data set with PAD: experts on data of fitting difficulty, and a loss on deep layers only.
+
+Example: `hf-effml train pad --recipe smoke --output_dir pad-smoke`
+"""
+
+import sys
+
+from hf_effml import PADTrainer, PADTrainingArguments
+from hf_effml.cli.parsing import parse_arguments, run_script
+from hf_effml.scripts._distillation import SetArguments, distil, load_bank, show_cost
+
+
+def main(argv: list[str] | None = None) -> dict[str, object]:
+    """Runs the program with the arguments `argv` (the command line's when None) and returns its results."""
+    script, args = parse_arguments(
+        SetArguments,
+        PADTrainingArguments,
+        argv=argv,
+        prog="hf-effml train pad",
+        description=__doc__,
+        recipe_prefix="pad",
+    )
+    bank = load_bank(script, args)
+    if script.dry_run:
+        return show_cost(script, args, bank)
+    return distil(PADTrainer, script, args, bank)
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))

@@ -1,0 +1,704 @@
+"""Distils a data set by matching the trajectories of experts: what PAD and EDF share, and DATM by itself."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from accelerate.utils import broadcast_object_list
+from huggingface_hub import CommitInfo
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_callback import TrainerControl, TrainerState
+from transformers.utils import logging
+
+from hf_effml.distillation.distillation_info import describe_distillation, peak_memory_so_far
+from hf_effml.distillation.evaluation import evaluate_distilled, get_protocol
+from hf_effml.distillation.flat_student import FlatStudent, build_student, seed_from
+from hf_effml.distillation.matching import MatchingSettings
+from hf_effml.distillation.modeling_distilled_dataset import DistilledDatasetModel
+from hf_effml.distillation.pictures import image_grid, save_curves
+from hf_effml.distillation.publishing import save_distilled_dataset
+from hf_effml.distillation.training_sets import as_training_set
+from hf_effml.distillation.trajectory_bank import TrajectoryBank
+from hf_effml.distillation.unroll import StudentDerivatives
+from hf_effml.hub import push_folder, write_dataset_card
+from hf_effml.hub.privacy import scrub, scrub_command
+from hf_effml.utils.imports import usable
+
+from .base import EffMLTrainer, _changed_arguments, _command_line
+
+
+if TYPE_CHECKING:
+    from hf_effml.distillation.evaluation import EvaluationReport
+    from hf_effml.distillation.real_images import RealImages
+
+logger = logging.get_logger(__name__)
+
+_PICTURES = "pictures"
+# A bad choice of the start epochs or of the step size shows within so many steps.
+_FIRST_STEPS = 100
+
+
+@dataclass
+class TrajectoryMatchingTrainingArguments(TrainingArguments):
+    """How to distil; what is not said here is as in [`~transformers.TrainingArguments`].
+
+    A step matches `per_device_train_batch_size` segments of experts' trajectories on every process. The papers match
+    one.
+
+    Args:
+        syn_steps (`int`, *optional*, defaults to 80):
+            Steps that the student takes on the synthetic images, "N" in the papers.
+        batch_syn (`int`, *optional*):
+            Synthetic images in each of them; all if unset.
+        expert_epochs (`int`, *optional*, defaults to 2):
+            Epochs of the expert that those steps are to equal, "M".
+        min_start_epoch (`int`, *optional*, defaults to 0):
+            First epoch of the experts that a segment starts at, "T-".
+        max_start_epoch (`int`, *optional*, defaults to 20):
+            Segments start before this epoch, "T+".
+        initial_max_start_epoch (`int`, *optional*):
+            Where `max_start_epoch` stands at the first step, "T"; it grows evenly over `expansion_steps`.
+        expansion_steps (`int`, *optional*, defaults to 1000):
+            Steps of that growth.
+        mask (`"none"`, `"depth"` or `"loss"`, *optional*, defaults to `"none"`):
+            Which parameters the loss leaves out.
+        drop_ratio (`float`, *optional*, defaults to 0.0):
+            Share of the parameters that it leaves out.
+        gradient_mode (`"exact"` or `"first_order"`, *optional*, defaults to `"exact"`):
+            `"first_order"` is TESLA's approximation.
+        loss_threshold (`float`, *optional*, defaults to 1.0):
+            Segments with a larger loss contribute nothing; a step without any other changes nothing.
+        lr_img, lr_y, lr_lr (`float`, *optional*, default to 100, 2 and 1e-5):
+            Learning rates of images, soft labels and the students' step size.
+        momentum_img, momentum_y, momentum_lr (`float`, *optional*, default to 0.5, 0.9 and 0.5):
+            Their momenta.
+        min_lr (`float`, *optional*, defaults to 1e-6):
+            The students' step size is kept at least that large.
+        max_bad_steps (`int`, *optional*, defaults to 10):
+            Training ends with an error after so many steps in a row whose loss is not finite.
+        compile (`bool`, *optional*, defaults to `False`):
+            Compile the derivatives of the student: a minute or two at the start, faster steps from then on.
+        picture_steps (`int`, *optional*, defaults to 0):
+            Steps from one picture of the images to the next, in `output_dir/pictures`; 0 draws none.
+        eval_protocol (`str`, *optional*, defaults to `"tm-short"`):
+            How an evaluation trains a fresh student on the set: `"tm"`, `"tm-short"` or `"hard"`.
+        eval_epochs (`int`, *optional*):
+            Epochs of that training, in place of the protocol's.
+        eval_seeds (`int`, *optional*, defaults to 1):
+            Students that an evaluation trains and averages over.
+    """
+
+    rarely_changed: ClassVar[tuple[str, ...]] = (
+        "expansion_steps",
+        "gradient_mode",
+        "lr_lr",
+        "momentum_img",
+        "momentum_y",
+        "momentum_lr",
+        "min_lr",
+        "max_bad_steps",
+        "eval_protocol",
+        "eval_epochs",
+        "eval_seeds",
+    )
+
+    syn_steps: int = field(default=80, metadata={"help": "Steps that the student takes on the synthetic images."})
+    batch_syn: int | None = field(default=None, metadata={"help": "Synthetic images in each of them; all if unset."})
+    expert_epochs: int = field(default=2, metadata={"help": "Epochs of the expert that those steps are to equal."})
+    min_start_epoch: int = field(default=0, metadata={"help": "First epoch of the experts that is matched."})
+    max_start_epoch: int = field(default=20, metadata={"help": "Segments start before this epoch."})
+    initial_max_start_epoch: int | None = field(
+        default=None, metadata={"help": "Where max_start_epoch stands at the first step; it grows from there."}
+    )
+    expansion_steps: int = field(default=1000, metadata={"help": "Steps of that growth."})
+    mask: str = field(default="none", metadata={"help": "Parameters to leave out: none, depth (PAD) or loss (EDF)."})
+    drop_ratio: float = field(default=0.0, metadata={"help": "Share of the parameters that the loss leaves out."})
+    gradient_mode: str = field(default="exact", metadata={"help": "exact, or first_order: TESLA's approximation."})
+    loss_threshold: float = field(default=1.0, metadata={"help": "Segments with a larger loss contribute nothing."})
+    lr_img: float = field(default=100.0, metadata={"help": "Learning rate of the images."})
+    lr_y: float = field(default=2.0, metadata={"help": "Learning rate of the soft labels."})
+    lr_lr: float = field(default=1e-5, metadata={"help": "Learning rate of the students' step size."})
+    momentum_img: float = field(default=0.5, metadata={"help": "Momentum of the images."})
+    momentum_y: float = field(default=0.9, metadata={"help": "Momentum of the soft labels."})
+    momentum_lr: float = field(default=0.5, metadata={"help": "Momentum of the students' step size."})
+    min_lr: float = field(default=1e-6, metadata={"help": "Least step size of the students."})
+    max_bad_steps: int = field(default=10, metadata={"help": "Stop after so many steps in a row without a loss."})
+    compile: bool = field(default=False, metadata={"help": "Compile the student's derivatives."})
+    picture_steps: int = field(default=0, metadata={"help": "Draw the images every so many steps; 0 for never."})
+    eval_protocol: str = field(default="tm-short", metadata={"help": "How evaluations train a student."})
+    eval_epochs: int | None = field(default=None, metadata={"help": "Epochs of that, in place of the protocol's."})
+    eval_seeds: int = field(default=1, metadata={"help": "Students that an evaluation averages over."})
+
+    # What the algorithm prescribes or a set as a model needs; anything else is refused below.
+    per_device_train_batch_size: int = field(default=1, metadata={"help": "Segments per step and process."})
+    max_steps: int = field(default=10_000, metadata={"help": "Number of steps."})
+    max_grad_norm: float = field(default=0.0, metadata={"help": "Must stay 0: gradients are not clipped."})
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "Must stay constant."})
+    train_sampling_strategy: str = field(default="sequential", metadata={"help": "Must stay sequential."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay false."})
+    logging_steps: float = field(default=50, metadata={"help": "Steps from one line of the log to the next."})
+    dataloader_pin_memory: bool = field(
+        default_factory=torch.accelerator.is_available, metadata={"help": "Keep segments in pinned memory."}
+    )
+
+    def __post_init__(self) -> None:
+        for name, needed, why in _PRESCRIBED:
+            value = getattr(self, name)
+            value = getattr(value, "value", value)
+            if value != needed:
+                raise ValueError(f"`{name}` must stay {needed!r} for trajectory matching; got {value!r}. {why}")
+        if self.max_steps < 1:
+            raise ValueError(f"`max_steps` must be at least 1; got {self.max_steps}. There are no epochs here.")
+        for name in ("lr_img", "lr_y", "lr_lr"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"`{name}` must be at least 0; got {getattr(self, name)}.")
+        if not self.min_lr > 0:
+            raise ValueError(f"`min_lr` must be positive; got {self.min_lr}. Students go backwards otherwise.")
+        for name in ("momentum_img", "momentum_y", "momentum_lr"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be from 0 to below 1; got {getattr(self, name)}.")
+        for name in ("expansion_steps", "max_bad_steps", "eval_seeds"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1; got {getattr(self, name)}.")
+        self._check_starts()
+        self.matching()
+        self.protocol()
+        super().__post_init__()
+
+    def _check_starts(self) -> None:
+        if not 0 <= self.min_start_epoch < self.max_start_epoch:
+            raise ValueError(
+                f"`min_start_epoch` must be from 0 to below `max_start_epoch`, {self.max_start_epoch}; got "
+                f"{self.min_start_epoch}."
+            )
+        first = self.initial_max_start_epoch
+        if first is not None and not self.min_start_epoch < first <= self.max_start_epoch:
+            raise ValueError(
+                f"`initial_max_start_epoch` must be above `min_start_epoch`, {self.min_start_epoch}, and at most "
+                f"`max_start_epoch`, {self.max_start_epoch}; got {first}."
+            )
+
+    def matching(self, **others: Any) -> MatchingSettings:
+        """Makes the settings of the matching loss.
+
+        Args:
+            others (`dict`, *optional*):
+                Fields of [`~hf_effml.distillation.matching.MatchingSettings`] that are no arguments.
+
+        Returns:
+            [`~hf_effml.distillation.matching.MatchingSettings`]
+
+        Raises:
+            ValueError: If a value is impossible.
+        """
+        names = ("syn_steps", "batch_syn", "mask", "gradient_mode", "loss_threshold")
+        # A method may leave the ratio open until it sees the set.
+        others["drop_ratio"] = self.drop_ratio or 0.0
+        return MatchingSettings(**{name: getattr(self, name) for name in names}, **others)
+
+    def protocol(self) -> Any:
+        """How evaluations train a student.
+
+        Returns:
+            [`~hf_effml.distillation.evaluation.EvaluationProtocol`]
+        """
+        return get_protocol(self.eval_protocol, **({"epochs": self.eval_epochs} if self.eval_epochs else {}))
+
+    def last_start_epoch(self, step: int) -> int:
+        """Segments of a step start before this epoch of the experts.
+
+        Args:
+            step (`int`):
+                Number of the step, from 0.
+
+        Returns:
+            `int`: the epoch.
+        """
+        if self.initial_max_start_epoch is None:
+            return self.max_start_epoch
+        growth = (self.max_start_epoch - self.initial_max_start_epoch) * step / self.expansion_steps
+        return min(self.max_start_epoch, self.initial_max_start_epoch + int(growth))
+
+
+_PRESCRIBED = (
+    ("max_grad_norm", 0, "Clipped gradients give other images."),
+    ("lr_scheduler_type", "constant", "A falling learning rate gives other images; set `lr_img`, `lr_y` and `lr_lr`."),
+    ("learning_rate", 5e-5, "Set `lr_img`, `lr_y` and `lr_lr`; nothing reads this one."),
+    ("weight_decay", 0, "Images and labels do not decay."),
+    ("fp16", False, "Half precision has no range for second derivatives; `bf16` is possible, float32 is safer."),
+    ("train_sampling_strategy", "sequential", "Segments are drawn from `seed` and the number of the step alone."),
+    ("remove_unused_columns", False, "Segments are no columns of the model."),
+    ("ignore_data_skip", False, "A run that goes on would match the first segments again."),
+    ("torch_compile", False, "Use `compile`, which compiles the derivatives of the student."),
+)
+
+
+class TrajectorySegments(Dataset):
+    """The segments of experts' trajectories that training matches, each drawn from the seed and its number alone.
+
+    Args:
+        bank ([`~hf_effml.distillation.trajectory_bank.TrajectoryBank`]):
+            The experts.
+        args ([`TrajectoryMatchingTrainingArguments`]):
+            Which epochs, how many steps.
+        per_step (`int`):
+            Segments of a step over all processes.
+    """
+
+    def __init__(self, bank: TrajectoryBank, args: TrajectoryMatchingTrainingArguments, per_step: int):
+        self.bank, self._args, self._per_step = bank, args, per_step
+
+    def __len__(self) -> int:
+        """Number of segments of the whole training."""
+        return self._args.max_steps * self._per_step
+
+    def choose(self, number: int) -> tuple[int, int, int]:
+        """Says which segment comes when, without reading it.
+
+        Args:
+            number (`int`):
+                Number of the segment from the beginning of training.
+
+        Returns:
+            `tuple[int, int, int]`: expert, start epoch, and the seed of the student's batches and augmentations.
+        """
+        seed = self._args.seed
+        lap, place = divmod(number, len(self.bank))
+        order = torch.Generator().manual_seed(seed_from(seed, "experts", lap))
+        expert = int(torch.randperm(len(self.bank), generator=order)[place])
+        starts = torch.Generator().manual_seed(seed_from(seed, "start", number))
+        end = self._args.last_start_epoch(number // self._per_step)
+        start = int(torch.randint(self._args.min_start_epoch, end, (), generator=starts))
+        return expert, start, seed_from(seed, "segment", number)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        """Reads a segment."""
+        expert, epoch, seed = self.choose(number)
+        start, target = self.bank.pair(expert, epoch, self._args.expert_epochs)
+        return {"starts": start, "targets": target, "seeds": seed}
+
+
+def collate_segments(segments: list[dict[str, Any]]) -> dict[str, Any]:
+    """Makes a batch of segments; seeds stay plain numbers, which need no device.
+
+    Args:
+        segments (`list[dict]`):
+            From [`TrajectorySegments`].
+
+    Returns:
+        `dict[str, Any]`: `starts` and `targets` of shape `(segments, parameters)`, and `seeds`.
+    """
+    return {
+        "starts": torch.stack([segment["starts"] for segment in segments]),
+        "targets": torch.stack([segment["targets"] for segment in segments]),
+        "seeds": [segment["seeds"] for segment in segments],
+    }
+
+
+class TrajectoryMatchingTrainer(EffMLTrainer):
+    """[`~transformers.Trainer`] that trains a synthetic data set: DATM (https://huggingface.co/papers/2310.05773), or
+    MTT (https://huggingface.co/papers/2203.11932) with `initial_max_start_epoch` unset.
+
+    The gradient goes through every step that the student takes, exactly, at the memory of a single one. A step whose
+    segments all exceed `loss_threshold` changes nothing, momenta included. With several segments in a step, over
+    accumulation and processes, those above the threshold count as zero in the mean; the papers have one segment only.
+
+    Evaluations train fresh students on the set. Give them images that were cut from the training data: what was chosen
+    on test images cannot be judged by them.
+
+    Args:
+        model ([`DistilledDatasetModel`]):
+            The synthetic set, for example from [`distilled_from_real`].
+        args ([`TrajectoryMatchingTrainingArguments`]):
+            How to train.
+        bank ([`TrajectoryBank`]):
+            The experts.
+        eval_dataset ([`~hf_effml.distillation.real_images.RealImages`], *optional*):
+            Images to evaluate on.
+        processing_class ([`ZCAImageProcessor`], *optional*):
+            What preprocessed the real images. Saved beside the model, and needed for pictures. Defaults to the bank's.
+        kwargs (`dict`, *optional*):
+            Further arguments of [`~transformers.Trainer`].
+
+    Raises:
+        ValueError: If the bank does not fit the set or the arguments.
+
+    Example:
+
+    ```python
+    >>> trainer = TrajectoryMatchingTrainer(model, args, bank=bank)  # doctest: +SKIP
+    >>> trainer.train()  # doctest: +SKIP
+    ```
+    """
+
+    _tags = ("dataset-distillation",)
+    _method = "tm"
+    optimizer: torch.optim.Optimizer | None
+    control: TrainerControl
+    # Activation maps of the images, where a method makes them.
+    maps: Tensor | None = None
+    loss_is_scaled_for_ga = False
+
+    def __init__(
+        self,
+        model: DistilledDatasetModel,
+        args: TrajectoryMatchingTrainingArguments,
+        *,
+        bank: TrajectoryBank,
+        eval_dataset: "RealImages | None" = None,
+        processing_class: Any = None,
+        **kwargs: Any,
+    ):
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{args.n_gpu} GPUs are visible to one process, which would copy the set to each in every step. Start "
+                "one process per GPU with `torchrun --nproc_per_node`, or show it one with CUDA_VISIBLE_DEVICES."
+            )
+        self.bank = bank
+        student = FlatStudent(build_student(bank.student_config))
+        self._check_fit(model, args, student)
+        model.config.method = self._method
+        per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        kwargs.setdefault("data_collator", collate_segments)
+        super().__init__(
+            model,
+            args,
+            train_dataset=TrajectorySegments(bank, args, per_step),
+            eval_dataset=eval_dataset,
+            processing_class=processing_class or bank.image_processor,
+            **kwargs,
+        )
+        self.model_accepts_loss_kwargs = False
+        self.settings = args.matching(augmentation=model.config.augmentation)
+        self.derivatives = StudentDerivatives(student.to(args.device), compile=args.compile)
+        self._counts = _StepCounts()
+        self.add_callback(_StepCallback(self))
+
+    def _check_fit(
+        self, model: DistilledDatasetModel, args: TrajectoryMatchingTrainingArguments, student: FlatStudent
+    ) -> None:
+        self.bank.check_student(student)
+        self.bank.check_range(args.max_start_epoch, args.expert_epochs, args.min_start_epoch)
+        if model.config.preprocessing is not None:
+            self.bank.check_preprocessing(model.config.preprocessing)
+        try:
+            classes = student.logits(student.flatten(), model.images[:2].detach().cpu()).shape[1]
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"The bank's student ({type(student.module).__name__}) cannot take images of shape "
+                f"{tuple(model.images.shape[1:])}: {str(error).splitlines()[0]}"
+            ) from error
+        if classes != model.config.num_labels:
+            raise ValueError(
+                f"The bank's experts tell {classes} classes apart, the synthetic set has {model.config.num_labels}. "
+                "Train experts on the same classes."
+            )
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Makes one SGD with a group for images, one for soft labels and one for the step size."""
+        if self.optimizer is None:
+            own: DistilledDatasetModel = self.accelerator.unwrap_model(self.model)
+            self.optimizer = torch.optim.SGD(
+                [
+                    {"params": [own.images], "lr": self.args.lr_img, "momentum": self.args.momentum_img},
+                    {"params": [own.labels], "lr": self.args.lr_y, "momentum": self.args.momentum_y},
+                    {"params": [own.lr], "lr": self.args.lr_lr, "momentum": self.args.momentum_lr},
+                ],
+                lr=self.args.lr_img,
+            )
+        return self.optimizer
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """Matches the segments of a batch.
+
+        Args:
+            model (`nn.Module`):
+                The synthetic set, bare or wrapped.
+            inputs (`Mapping`):
+                From [`collate_segments`].
+            return_outputs (`bool`, *optional*, defaults to `False`):
+                Whether to return the model's output too.
+            num_items_in_batch (`int`, *optional*):
+                Not used: the loss is a mean over segments.
+
+        Returns:
+            `Tensor`, or `tuple` of it and the output.
+        """
+        outputs = model(**inputs, derivatives=self.derivatives, settings=self.settings)
+        self._counts.add(outputs)
+        own = self.accelerator.unwrap_model(model)
+        self.average_in_log({"matched": outputs.took_part.float().mean(), "synthetic_lr": own.lr})
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def evaluate(
+        self,
+        eval_dataset: "RealImages | None" = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Trains fresh students on the synthetic set and measures their accuracy.
+
+        Args:
+            eval_dataset ([`~hf_effml.distillation.real_images.RealImages`], *optional*):
+                What to measure on, in place of the trainer's own.
+            ignore_keys (`list[str]`, *optional*):
+                Not used.
+            metric_key_prefix (`str`, *optional*, defaults to `"eval"`):
+                First part of the names of the results.
+
+        Returns:
+            `dict[str, float]`: accuracy, and its standard deviation over the seeds if there are several.
+        """
+        images = eval_dataset if eval_dataset is not None else self.eval_dataset
+        if images is None:
+            raise ValueError("Nothing to evaluate on: pass `eval_dataset`, images cut from the training data.")
+        report = evaluate_distilled(
+            self.accelerator.unwrap_model(self.model),
+            self.bank.student_config,
+            images,
+            protocol=self.args.protocol(),
+            seeds=[seed_from(self.args.seed, "evaluation", each) for each in range(self.args.eval_seeds)],
+            baselines=False,
+            split="validation",
+            device=self.args.device,
+            disable_tqdm=True,
+        )
+        metrics = {f"{metric_key_prefix}_accuracy": report.accuracy}
+        if report.std is not None:
+            metrics[f"{metric_key_prefix}_accuracy_std"] = report.std
+        rules = report.protocol
+        self.card_facts["evaluated_on"] = (
+            f"{report.test_images:,} held-out images with {len(report.seeds)} fresh network(s) ({report.student}) "
+            f"that were trained on the set by the protocol `{rules.name}`, {rules.epochs} epochs"
+        )
+        # Rounding may differ from device to device, and all processes must choose the same best step.
+        metrics = broadcast_object_list([metrics])[0]
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def save_picture(self, path: str | Path) -> Path:
+        """Draws the synthetic images as they are now, one row per class.
+
+        Args:
+            path (`str` or `Path`):
+                PNG file to write.
+
+        Returns:
+            `Path`: the file.
+        """
+        own: DistilledDatasetModel = self.accelerator.unwrap_model(self.model)
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image_grid(own.images.detach().cpu(), self.processing_class, columns=own.config.images_per_class).save(path)
+        return path
+
+    def save_dataset(
+        self,
+        folder: str | Path | None = None,
+        reports: "Sequence[EvaluationReport]" = (),
+        license: str | None = None,
+    ) -> Path:
+        """Writes the synthetic set as a data set that loads with `datasets` alone, with all that is known of it.
+
+        Args:
+            folder (`str` or `Path`, *optional*):
+                Folder to write. Defaults to `dataset` in `args.output_dir`.
+            reports (`Sequence[EvaluationReport]`, *optional*, defaults to `()`):
+                Results for its card, from [`evaluate_distilled`].
+            license (`str`, *optional*):
+                The Hub's keyword for the license of the real images; without it the card says that it is not known.
+
+        Returns:
+            `Path`: the folder; [`load_distilled`] reads it.
+        """
+        folder = Path(folder or Path(self.args.output_dir, "dataset"))
+        if self.is_world_process_zero():
+            own: DistilledDatasetModel = self.accelerator.unwrap_model(self.model)
+            info = describe_distillation(
+                own, reports=reports, bank=self.bank, license=license, **self._facts_of_the_run(own)
+            )
+            save_distilled_dataset(own, folder, self.processing_class, info=scrub(info), maps=self.maps)
+            if usable("matplotlib"):
+                measured = self.card_facts.get("evaluated_on")
+                note = f"accuracy on {measured}" if measured else ""
+                save_curves(self.state.log_history, folder / "curves.png", note=note)
+            write_dataset_card(folder)
+        self.accelerator.wait_for_everyone()
+        return folder
+
+    def push_dataset_to_hub(
+        self,
+        repo_id: str,
+        folder: str | Path | None = None,
+        reports: "Sequence[EvaluationReport]" = (),
+        license: str | None = None,
+        private: bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        commit_message: str | None = None,
+        token: str | None = None,
+    ) -> CommitInfo | None:
+        """Saves the synthetic set as a data set and pushes it; `push_to_hub` pushes the model instead.
+
+        Args:
+            repo_id (`str`):
+                Where it goes: `namespace/name`. The repository is created when it does not exist.
+            folder, reports, license (*optional*):
+                As for `save_dataset`.
+            private, revision, create_pr, commit_message, token (*optional*):
+                As for [`~hf_effml.hub.push_folder`]; the token defaults to `args.hub_token`.
+
+        Returns:
+            `huggingface_hub.CommitInfo` or `None`: the commit; `None` on all processes but the first.
+        """
+        folder = self.save_dataset(folder, reports, license)
+        if not self.is_world_process_zero():
+            return None
+        token = token or self.args.hub_token
+        return push_folder(folder, repo_id, private, revision, create_pr, commit_message, token)
+
+    def _facts_of_the_run(self, own: DistilledDatasetModel) -> dict[str, Any]:
+        """What only this trainer knows about the set, for [`describe_distillation`]."""
+        args, state = self.args, self.state
+        inherited = {each.name for each in fields(TrainingArguments)}
+        shaping = {each.name: getattr(args, each.name) for each in fields(args) if each.name not in inherited}
+        command = _command_line()
+        runtimes = [entry["train_runtime"] for entry in state.log_history if "train_runtime" in entry]
+        return {
+            "steps": state.global_step,
+            "selection": self._selection(own),
+            "arguments": shaping | {"max_steps": args.max_steps} | _changed_arguments(args),
+            "seed": args.seed,
+            "command": scrub_command(command) if command else None,
+            "device": args.device,
+            "processes": args.world_size,
+            "seconds": runtimes[-1] if runtimes else None,
+            "peak_memory_bytes": peak_memory_so_far(args.device),
+        }
+
+    def _selection(self, own: DistilledDatasetModel) -> dict[str, Any]:
+        """Which step the images are from, and why."""
+        args, state = self.args, self.state
+        ended = state.global_step >= args.max_steps
+        chosen = state.best_global_step if args.load_best_model_at_end and ended else None
+        if not chosen:
+            return {"step": state.global_step, "rule": "the last one"}
+        found = {"step": chosen, "rule": f"best {args.metric_for_best_model} of all evaluations"}
+        if args.metric_for_best_model in ("accuracy", "eval_accuracy") and self.eval_dataset is not None:
+            rules = args.protocol().for_set(as_training_set(own)).to_dict()
+            images, seeds = len(self.eval_dataset), args.eval_seeds
+            found |= {"accuracy": state.best_metric, "images": images, "seeds": seeds, "protocol": rules}
+        return found
+
+    def before_step(self) -> None:
+        """Called before the first batch of a step; subclasses may prepare what the step needs."""
+
+    def before_update(self) -> None:
+        """Called with the summed gradients of a step before the parameters change.
+
+        Subclasses change gradients first and then call this one, which takes back a step that matched nothing.
+        """
+        matched, bad = self.accelerator.reduce(self._counts.as_tensor(self.args.device)).tolist()
+        self._counts.end_step(bool(matched), bool(bad))
+        if not matched:
+            # Without a gradient SGD leaves values and momenta alone.
+            for parameter in self.model.parameters():
+                parameter.grad = None
+        self._complain_about_losses()
+
+    def _complain_about_losses(self) -> None:
+        counts, args = self._counts, self.args
+        if counts.bad_in_a_row >= args.max_bad_steps:
+            own = self.accelerator.unwrap_model(self.model)
+            self.save_model()
+            raise RuntimeError(
+                f"The matching loss or its gradient was not finite in {counts.bad_in_a_row} steps in a row. The "
+                f"students' step size is {own.lr.item():.3g}: if it has grown, lower `lr_lr`; if images have, lower "
+                "`lr_img`. Experts that do not move between start and target give 0/0: look at their accuracies in "
+                f"`bank.metadata`. What was reached is saved in `{args.output_dir}`."
+            )
+        if self.state.global_step + 1 == counts.steps == _FIRST_STEPS and counts.empty > _FIRST_STEPS / 2:
+            logger.warning(
+                f"{counts.empty} of the first {_FIRST_STEPS} steps exceeded `loss_threshold`, {args.loss_threshold}, "
+                "and changed nothing. Lower `max_start_epoch` or the step size, take more `syn_steps`, or raise the "
+                "threshold."
+            )
+
+    def after_update(self) -> None:
+        """Called when the parameters have changed: keeps the students' step size positive."""
+        own: DistilledDatasetModel = self.accelerator.unwrap_model(self.model)
+        if own.lr.item() < self.args.min_lr:
+            # Without the value, which would make a new warning of every step.
+            logger.warning_once(
+                f"The students' step size fell below `min_lr`, {self.args.min_lr}, and is kept there. Lower `lr_lr`."
+            )
+            with torch.no_grad():
+                own.lr.fill_(self.args.min_lr)
+
+
+class _StepCounts:
+    """How many segments of the running step took part or had no finite loss, and how earlier steps went."""
+
+    def __init__(self) -> None:
+        self._matched = self._bad = 0
+        self.steps = self.empty = self.bad_in_a_row = 0
+
+    def add(self, outputs: Any) -> None:
+        self._matched += int(outputs.took_part.sum())
+        self._bad += int((~outputs.losses.isfinite()).sum())
+
+    def as_tensor(self, device: torch.device) -> Tensor:
+        return torch.tensor([self._matched, self._bad], device=device)
+
+    def end_step(self, matched: bool, bad: bool) -> None:
+        self.steps += 1
+        self.empty += not matched
+        self.bad_in_a_row = self.bad_in_a_row + 1 if bad and not matched else 0
+        self._matched = self._bad = 0
+
+
+class _StepCallback(TrainerCallback):
+    """Gives the trainer the moments of a step that it has no method for."""
+
+    def __init__(self, trainer: TrajectoryMatchingTrainer):
+        self._trainer = trainer
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step == 0:
+            self._draw(state)
+        self._trainer.before_step()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._trainer.before_update()
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._trainer.after_update()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._draw(state)
+
+    def _draw(self, state: TrainerState) -> None:
+        every = self._trainer.args.picture_steps
+        if every and state.global_step % every == 0 and state.is_world_process_zero:
+            self._trainer.save_picture(
+                Path(self._trainer.args.output_dir, _PICTURES, f"step-{state.global_step:06d}.png")
+            )
