@@ -17,6 +17,7 @@ from hf_effml import (
 )
 from hf_effml.distillation.evaluation import get_protocol
 from hf_effml.distillation.real_images import reload_real_images
+from hf_effml.hub import CardResult
 from hf_effml.utils.benchmark import markdown_table
 
 
@@ -179,7 +180,13 @@ def distil(
     folder = trainer.save_dataset(reports=reports, license=script.license)
     if not trainer.is_world_process_zero():
         return results
-    trainer.card_facts |= {"evaluated_on": f"the test images of {data.name}", "datasets": _hub_ids(data)}
+    # What the evaluations during training measured served to choose, and is no result.
+    trainer.card_facts |= {
+        "results": [CardResult(*row) for report in reports for row in report.card_results()],
+        "evaluated_on": f"the test images of {data.name}",
+        "datasets": [data.hub_id] if data.hub_id else [],
+        "license": script.license,
+    }
     trainer.create_model_card()
     for report in reports:
         print(f"\n{markdown_table(report.rows())}")
@@ -226,7 +233,3 @@ def _last_step(trainer: TrajectoryMatchingTrainer) -> DistilledDatasetModel | No
     if not trainer.args.load_best_model_at_end or best is None or Path(best).name == last.name or not last.is_dir():
         return None
     return DistilledDatasetModel.from_pretrained(last)
-
-
-def _hub_ids(data: RealImageData) -> list[str]:
-    return [data.hub_id] if data.hub_id else []

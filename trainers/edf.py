@@ -44,8 +44,10 @@ class EDFTrainingArguments(TrajectoryMatchingTrainingArguments):
             That threshold, the same for all images; the mean of each map if unset.
         cam_interval (`int`, *optional*, defaults to 100):
             Steps from one computation of the maps to the next.
-        cam_method (`"gradcam"` or `"smoothgradcampp"`, *optional*, defaults to `"gradcam"`):
-            How maps are made. The paper says Grad-CAM, the authors' code uses Smooth Grad-CAM++ with random noise.
+        cam_method (`"gradcam"`, `"hirescam"` or `"smoothgradcampp"`, *optional*):
+            How maps are made. The paper says Grad-CAM, the authors' code uses Smooth Grad-CAM++ with noise. Unset,
+            it is Grad-CAM for a `cam_model` of your own, and HiResCAM for an expert of the bank, in whose flattened
+            maps Grad-CAM may miss the object.
         cam_layer (`str`, *optional*):
             Name of the module whose output is explained; the last stage with a feature map if unset.
         cam_batch_size (`int`, *optional*, defaults to 64):
@@ -72,7 +74,9 @@ class EDFTrainingArguments(TrajectoryMatchingTrainingArguments):
     beta: float = field(default=1.0, metadata={"help": "Added to a map above its threshold, as weight of pixels."})
     act_threshold: float | None = field(default=None, metadata={"help": "Threshold; the mean of each map if unset."})
     cam_interval: int = field(default=100, metadata={"help": "Steps from one set of maps to the next."})
-    cam_method: str = field(default="gradcam", metadata={"help": "gradcam, or smoothgradcampp as in their code."})
+    cam_method: str | None = field(
+        default=None, metadata={"help": "gradcam, hirescam, or smoothgradcampp as in their code."}
+    )
     cam_layer: str | None = field(default=None, metadata={"help": "Module whose output is explained."})
     cam_batch_size: int = field(default=64, metadata={"help": "Images at a time."})
     cam_class: str = field(default="label", metadata={"help": "label, or legacy: classes of equal number."})
@@ -90,9 +94,12 @@ class EDFTrainingArguments(TrajectoryMatchingTrainingArguments):
                 f"`cam_interval` and `cam_batch_size` must be at least 1; got {self.cam_interval} and "
                 f"{self.cam_batch_size}."
             )
-        for name, allowed in (("cam_method", ("gradcam", "smoothgradcampp")), ("cam_class", ("label", "legacy"))):
+        methods = (None, "gradcam", "hirescam", "smoothgradcampp")
+        for name, allowed in (("cam_method", methods), ("cam_class", ("label", "legacy"))):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"`{name}` must be one of {', '.join(allowed)}; got {getattr(self, name)!r}.")
+                raise ValueError(
+                    f"`{name}` must be one of {', '.join(filter(None, allowed))}; got {getattr(self, name)!r}."
+                )
         super().__post_init__()
 
 
@@ -161,6 +168,8 @@ class EDFTrainer(TrajectoryMatchingTrainer):
     ):
         if args.drop_ratio is None:
             args.drop_ratio = 0.0 if args.mask == "none" else _usual_drop_ratio(model.config.images_per_class)
+        if args.cam_method is None:
+            args.cam_method = "hirescam" if cam_model is None else "gradcam"
         super().__init__(model, args, bank=bank, **kwargs)
         self.cam_model = (cam_model if cam_model is not None else bank.network(0)).to(args.device)
         self._cam_processor, self._cam_size = cam_processor, None

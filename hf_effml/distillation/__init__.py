@@ -6,6 +6,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from .class_activation import class_activation_map
 from .configuration_convnet import ConvNetConfig
 from .configuration_distilled_dataset import DistilledDatasetConfig
+from .convert_bank import export_pickled_bank, import_distilled_tensors, import_pickled_bank
 from .convert_convnet import convert_convnet_checkpoint
 from .cost import CostEstimate, estimate_cost
 from .differentiable_augmentation import AugmentationSettings, augment, draw_augmentation
@@ -66,6 +67,9 @@ __all__ = [
     "draw_augmentation",
     "estimate_cost",
     "evaluate_distilled",
+    "export_pickled_bank",
+    "import_distilled_tensors",
+    "import_pickled_bank",
     "load_distilled",
     "load_real_images",
     "match_segment",

@@ -1,4 +1,4 @@
-"""Class activation maps: how much every place of an image speaks for a class, by Grad-CAM or Smooth Grad-CAM++."""
+"""Class activation maps: how much every place of an image speaks for a class, by Grad-CAM and its kin."""
 
 from typing import Any, Literal
 
@@ -25,7 +25,7 @@ def class_activation_map(
     pixel_values: Tensor,
     class_ids: Tensor,
     layer: str | None = None,
-    method: Literal["gradcam", "smoothgradcampp"] = "gradcam",
+    method: Literal["gradcam", "hirescam", "smoothgradcampp"] = "gradcam",
     size: tuple[int, int] | None = None,
     batch_size: int = 64,
     generator: torch.Generator | None = None,
@@ -33,9 +33,9 @@ def class_activation_map(
 ) -> Tensor:
     """Says how much every place of an image speaks for a class, from 0 to 1, according to a classifier.
 
-    Grad-CAM (https://huggingface.co/papers/1610.02391) or Smooth Grad-CAM++
-    (https://huggingface.co/papers/1908.01224) at one layer. Only what follows that layer is differentiated, for a
-    whole batch at once; the model is in evaluation mode meanwhile and is left as it was found.
+    Grad-CAM (https://huggingface.co/papers/1610.02391), HiResCAM (https://huggingface.co/papers/2011.08891) or Smooth
+    Grad-CAM++ (https://huggingface.co/papers/1908.01224) at one layer. Only what follows that layer is differentiated,
+    for a whole batch at once; the model is in evaluation mode meanwhile and is left as it was found.
 
     Args:
         model (`nn.Module`):
@@ -49,9 +49,10 @@ def class_activation_map(
         layer (`str`, *optional*):
             Name of the module whose output is looked at; found by [`find_cam_layer`] if unset.
         method (`str`, *optional*, defaults to `"gradcam"`):
-            `"gradcam"`, or `"smoothgradcampp"`, which takes five forward passes and depends on random noise. Grad-CAM
-            averages gradients over places: where the classifier reads a flattened map instead of a pooled one, as in
-            [`ConvNetForImageClassification`], its maps may miss the object, and the other method is better.
+            `"gradcam"` averages gradients over places: where the classifier reads a flattened map instead of a pooled
+            one, as in [`ConvNetForImageClassification`], its maps may miss the object. `"hirescam"` leaves every
+            gradient in its place, which is right there, and the same as Grad-CAM where the map is pooled.
+            `"smoothgradcampp"` takes five forward passes and depends on random noise.
         size (`tuple[int, int]`, *optional*):
             Height and width of the result; those of the images if unset.
         batch_size (`int`, *optional*, defaults to 64):
@@ -93,6 +94,8 @@ def class_activation_map(
             pixels, ids = pixel_values[part], class_ids[part]
             if method == "gradcam":
                 maps.append(_gradcam(explain, pixels, ids))
+            elif method == "hirescam":
+                maps.append(_hirescam(explain, pixels, ids))
             else:
                 copies = _draw_noise(pixels, generator) if noise is None else noise[:, part]
                 maps.append(_smooth_gradcampp(explain, pixels, ids, copies.to(pixels)))
@@ -120,6 +123,11 @@ def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
 def _gradcam(explain: "_Explainer", pixels: Tensor, class_ids: Tensor) -> Tensor:
     features, gradient = explain(pixels, class_ids)
     return _weighted_sum(features, gradient.mean(dim=(2, 3)))
+
+
+def _hirescam(explain: "_Explainer", pixels: Tensor, class_ids: Tensor) -> Tensor:
+    features, gradient = explain(pixels, class_ids)
+    return (features * gradient).sum(1).relu()
 
 
 def _smooth_gradcampp(explain: "_Explainer", pixels: Tensor, class_ids: Tensor, noise: Tensor) -> Tensor:
@@ -220,8 +228,8 @@ def _check_request(
         raise ValueError(
             f"`class_ids` must be one class per image, {len(pixel_values)} in all; got {tuple(class_ids.shape)}."
         )
-    if method not in ("gradcam", "smoothgradcampp"):
-        raise ValueError(f'`method` must be "gradcam" or "smoothgradcampp"; got {method!r}.')
+    if method not in ("gradcam", "hirescam", "smoothgradcampp"):
+        raise ValueError(f'`method` must be "gradcam", "hirescam" or "smoothgradcampp"; got {method!r}.')
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1; got {batch_size}.")
     if noise is not None and (noise.dim() != 5 or noise.shape[1:] != pixel_values.shape or not len(noise)):

@@ -179,7 +179,7 @@ class EvaluationReport:
         }
 
     def card_results(self) -> list[tuple[str, float, float | None, str | None]]:
-        """Rows of a card: name, value, value of random real images, and the Hub's name of the metric if it has one.
+        """Rows of a model card: name, value, that of the set before distillation, and the Hub's name of the metric.
 
         Returns:
             `list[tuple]`: arguments of [`~hf_effml.hub.CardResult`].
@@ -187,14 +187,16 @@ class EvaluationReport:
         mean = {key: measured.mean for key, measured in self.accuracies.items()}
         how = f"{self.student}, {self.protocol.name}, {self.split}"
         results: list[tuple[str, float, float | None, str | None]] = [
-            (f"Accuracy ({how})", mean["distilled"], mean.get("random"), "accuracy")
+            (f"Accuracy ({how})", mean["distilled"], mean.get("initial"), "accuracy")
         ]
         if self.std is not None:
-            results.append((f"Standard deviation ({how})", self.std, self._std("random"), None))
-        if "distilled_hard" in mean:
-            results.append(
-                (f"Accuracy with hard labels ({how})", mean["distilled_hard"], mean.get("random_hard"), None)
-            )
+            results.append((f"Standard deviation ({how})", self.std, self._std("initial"), None))
+        others = {
+            "distilled_hard": "Accuracy with hard labels",
+            "random": "Accuracy of random real images, labels of the same kind",
+            "random_hard": "Accuracy of random real images, hard labels",
+        }
+        results += [(f"{text} ({how})", mean[key], None, None) for key, text in others.items() if key in mean]
         return results + [(f"{name} ({how})", value, None, None) for name, value in self.scores.items()]
 
     @property

@@ -37,6 +37,8 @@ INFO_NAME = "distillation.json"
 DATA_NAME = "data/train-00000-of-00001.parquet"
 PICTURE_NAME, MAPS_NAME = "images.png", "maps.png"
 _PROCESSOR_NAME = "preprocessor_config.json"
+# What reading a set takes out of its description.
+_NEEDED = ("classes", "files", "format_version", "images_per_class", "learning_rate", "protocol")
 
 
 class DistilledSet(NamedTuple):
@@ -253,7 +255,7 @@ def load_distilled(
     except (EntryNotFoundError, HFValidationError, RepositoryNotFoundError):
         return _load_model(name, revision, token)
     # The folder of a file in the cache is named by the commit; all other files come from the same one.
-    for file in _read_info(path).get("files", ()):
+    for file in _read_info(path)["files"]:
         hf_hub_download(name, file, revision=path.parent.name, **where)
     return _read_folder(path.parent)
 
@@ -261,7 +263,7 @@ def load_distilled(
 def _read_info(path: Path) -> dict[str, Any]:
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
-        version = info["format_version"]
+        version = {name: info[name] for name in _NEEDED}["format_version"]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"`{path}` does not describe a distilled set ({error!r}). Save the set again.") from error
     if version > FORMAT_VERSION:
@@ -274,7 +276,7 @@ def _read_info(path: Path) -> dict[str, Any]:
 
 def _read_folder(folder: Path) -> DistilledSet:
     info = _read_info(folder / INFO_NAME)
-    for name, digest in info.get("files", {}).items():
+    for name, digest in info["files"].items():
         if not (folder / name).is_file() or _digest(folder / name) != digest:
             raise ValueError(
                 f"`{folder / name}` is missing or not the file that `{INFO_NAME}` describes: the set is damaged, or "

@@ -14,6 +14,7 @@ _COLUMNS = {
     "distilled_switched": "this set, augmentation switched",
     "random_switched": "random real, augmentation switched",
     "initial": "before distillation",
+    "last": "last step",
     "full": "all real, hard labels",
 }
 _SCORES = ("HLR", "IOR", "LRS", "ARS")

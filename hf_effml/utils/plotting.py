@@ -1,5 +1,6 @@
 """The few figures that programs and cards use."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from .imports import require
 
 _COLOURS = ("#2a6f97", "#e07a1f", "#5a8f3c", "#8e5ea2", "#b23a48")
 _INK, _FAINT, _GRID, _SKIPPED = "#333333", "#777777", "#e4e4e4", "#dfe7ec"
+# Of the small print below a figure.
+_LETTERS_PER_INCH = 15
 # More tokens than that cannot be read side by side, nor can more blocks one above the other.
 _MOST_LABELS, _MOST_BLOCKS, _LONGEST_LABEL = 64, 48, 14
 
@@ -320,6 +323,7 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
 
 def _save(figure: Any, path: str | Path, note: str = "") -> None:
     if note:
-        figure.supxlabel(note, fontsize=8, color=_FAINT, x=0.01, ha="left")
+        lines = textwrap.fill(note, int(_LETTERS_PER_INCH * figure.get_figwidth()))
+        figure.supxlabel(lines, fontsize=8, color=_FAINT, x=0.01, ha="left")
     figure.savefig(path, dpi=150, facecolor="white")
     require("matplotlib.pyplot").close(figure)

@@ -272,7 +272,7 @@ def test_no_graph_before_the_layer():
     [
         ({"class_ids": torch.zeros(3, dtype=torch.int64)}, "one class per image, 4 in all; got \\(3,\\)"),
         ({"pixel_values": torch.zeros(3, 32, 32)}, "must be images"),
-        ({"method": "lime"}, '"gradcam" or "smoothgradcampp"; got \'lime\''),
+        ({"method": "lime"}, '"gradcam", "hirescam" or "smoothgradcampp"; got \'lime\''),
         ({"batch_size": 0}, "`batch_size` must be at least 1"),
         ({"noise": torch.zeros(4, 3, 32, 32)}, "\\(copies, 4, 3, 32, 32\\); got \\(4, 3, 32, 32\\)"),
     ],
@@ -317,3 +317,17 @@ def test_maps_find_the_object(family, methods):
         maps = class_activation_map(model, pixels, labels, method=method)
         share, area = maps[inside].sum() / maps.sum(), inside.float().mean()
         assert share > 1.5 * area, f"{method}: {share:.2f} of the map on {area:.2f} of the area"
+
+
+def test_hirescam_equals_gradcam_where_the_head_pools_and_differs_where_it_flattens():
+    from hf_effml import ConvNetConfig, build_student
+
+    pooled = build_student(
+        ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=4), seed=1
+    )
+    flattened = build_student(ConvNetConfig(image_size=32, hidden_size=8, num_labels=4), seed=1)
+    images = torch.rand(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    classes = torch.arange(5) % 4
+    for network, equal in ((pooled, True), (flattened, False)):
+        maps = [class_activation_map(network, images, classes, method=method) for method in ("gradcam", "hirescam")]
+        assert torch.allclose(*maps, atol=1e-5) == equal

@@ -117,6 +117,14 @@ def test_classes_without_enough_known_images(warnings):
     ]
 
 
+def test_what_some_expert_knows_comes_before_what_is_nearly_right(warnings):
+    """The first image is known to the first expert, but no other is as wrong about it as the second one."""
+    scores = torch.tensor([[5.0, 0.0, 4.9], [4.0, 4.1, -30.0], [4.0, 4.2, -30.0]])
+    real = RealImages(scores.view(3, 3, 1, 1), torch.zeros(3, dtype=torch.int64), ["a"])
+    chosen = select_real_images(real, 2, bank=Experts([0.0, 0.0, 0.0], [0.0, 0.0, 30.0]))
+    assert chosen.tolist() == [0, 1] and len(warnings) == 1
+
+
 def test_any_images():
     real = many_images()
     chosen = select_real_images(real, 8, method="real")

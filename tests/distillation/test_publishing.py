@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import DatasetCard
@@ -85,7 +86,7 @@ def test_data_set_is_exact(processor, tmp_path):
         picture = found["preview"][2]
         assert (picture.format, picture.mode, picture.size) == ("PNG", "RGB", (8, 8))
         shown = processor.unwhiten(model.images[2].detach()).clamp(0, 1).mul(255).round().permute(1, 2, 0)
-        assert_close(torch.tensor(list(picture.get_flattened_data())), shown.view(-1, 3).long())
+        assert_close(torch.tensor(np.array(picture)), shown.byte())
     assert to_dataset(model, preview=False).column_names == ["image", "soft_label", "label"]
 
 
@@ -190,6 +191,7 @@ def test_damage_is_noticed(folder):
     for text, remark in (
         ("{", "does not describe a distilled set"),
         ("[]", "does not describe a distilled set"),
+        (json.dumps({key: info[key] for key in info if key != "files"}), r"distilled set \(KeyError\('files'\)\)"),
         (json.dumps(info | {"format_version": 2, "hf_effml_version": "9.0"}), r"later version of hf-effml \(9.0\)"),
         (json.dumps(info | {"classes": ["a", "b", "c"]}), r"shape \(4, 3\), one per class"),
     ):
@@ -285,11 +287,13 @@ def test_card_shows_results_with_their_rules(folder):
     assert cut.sub("", renewed) == cut.sub("", text)
     # The same once more replaces; other rules are another row.
     other = report.to_dict() | {"student": "/home/alice/nets/mine"}
-    other["protocol"] = other["protocol"] | {"epochs": 300}
-    add_evaluations(folder, [report.to_dict(), other])
+    longer = report.to_dict()
+    longer["protocol"] = longer["protocol"] | {"epochs": 300}
+    add_evaluations(folder, [report.to_dict(), other, longer])
     renewed = (folder / "README.md").read_text()
-    assert renewed.count("| ConvNet-D1-W2 |") == 1 and "| mine | tm (2) |" in renewed and "300 epochs" in renewed
-    assert len(load_distilled(folder).info["results"]) == 2
+    assert renewed.count("| ConvNet-D1-W2 | tm (1) |") == renewed.count("| ConvNet-D1-W2 | tm (2) |") == 1
+    assert "| mine | tm (1) |" in renewed and "tm (2): labels soft, 300 epochs" in renewed
+    assert len(load_distilled(folder).info["results"]) == 3
     assert "/home/alice" not in (folder / INFO_NAME).read_text()
 
 
@@ -409,6 +413,7 @@ def test_trainer_writes_the_set(expert_bank, tmp_path):
         lr_img=1.0,
     )
     model = distilled_from_real(data, bank, 1)
+    model.config.dataset["name"] = str(tmp_path / "photos")
     trainer = TrajectoryMatchingTrainer(model, args, bank=bank, eval_dataset=data.validation)
     trainer.train()
     folder = trainer.save_dataset(license="mit")
@@ -424,7 +429,7 @@ def test_trainer_writes_the_set(expert_bank, tmp_path):
     assert (shaping["syn_steps"], shaping["lr_img"], shaping["lr_y"], shaping["max_steps"]) == (2, 1.0, 2.0, 4)
     assert "output_dir" not in shaping and info["seconds"] > 0 and info["peak_memory_bytes"] > 2**20
     text = (folder / INFO_NAME).read_text() + (folder / "README.md").read_text()
-    assert str(tmp_path) not in text and "hf_AAAA" not in text
+    assert str(tmp_path) not in text and "hf_AAAA" not in text and info["dataset"]["name"] == "photos"
     check_folder(folder)
     # The model's own card.
     trainer.save_model()

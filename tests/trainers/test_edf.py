@@ -105,14 +105,6 @@ def test_maps_are_made_at_their_steps(distil, asked):
         assert steps == wanted
 
 
-def test_training_again_starts_with_new_maps(distil):
-    trainer = distil("EDF", max_steps=2)
-    trainer.train()
-    steps = steps_of_maps(trainer)
-    trainer.train()
-    assert steps == [0]
-
-
 def test_only_checkpoints_hold_maps(distil):
     trainer = distil("EDF", max_steps=2, save_strategy="steps", save_steps=2)
     trainer.train()
@@ -168,7 +160,8 @@ def test_defaults(distil, expert_bank, warnings):
     trainer = distil("EDF")
     assert trainer.settings.mask == "loss" and trainer.settings.loss_threshold == 1.5
     assert_close(dict(trainer.cam_model.state_dict()), dict(expert_bank[1].network(0).state_dict()))
-    assert not warnings
+    assert trainer.args.cam_method == "hirescam" and not warnings
+    assert distil("EDF", cam_model=expert_bank[1].network(0)).args.cam_method == "gradcam"
 
 
 @pytest.mark.parametrize(
@@ -215,7 +208,7 @@ def test_a_network_without_a_processor_is_mentioned(distil, expert_bank, warning
         ({"act_threshold": 1.5}, "`act_threshold` must be above 0 and at most 1; got 1.5"),
         ({"cam_interval": 0}, "`cam_interval` and `cam_batch_size` must be at least 1; got 0 and 64"),
         ({"cam_batch_size": 0}, "`cam_interval` and `cam_batch_size` must be at least 1; got 100 and 0"),
-        ({"cam_method": "cam"}, "`cam_method` must be one of gradcam, smoothgradcampp; got 'cam'"),
+        ({"cam_method": "cam"}, "`cam_method` must be one of gradcam, hirescam, smoothgradcampp; got 'cam'"),
         ({"cam_class": "imagenet"}, "`cam_class` must be one of label, legacy; got 'imagenet'"),
         ({"drop_ratio": 1.0}, "`drop_ratio` must be from 0 to below 1; got 1.0"),
         ({"max_grad_norm": 1.0}, "`max_grad_norm` must stay 0"),

@@ -116,7 +116,7 @@ class KillAt(TrainerCallback):
 @pytest.mark.parametrize("method", ["TrajectoryMatching", "EDF"])
 def test_a_killed_run_goes_on_as_if_nothing_had_been(distil, tmp_path, method):
     """A range that grows, a small batch first, a skipped step and, for EDF, maps from before the cut."""
-    options = {"max_steps": 7, "save_strategy": "steps", "save_steps": 2, "loss_threshold": 0.97}
+    options = {"max_steps": 7, "save_strategy": "steps", "save_steps": 2, "loss_threshold": 0.93}
     options |= {"initial_max_start_epoch": 1, "expansion_steps": 5}
     options |= {"cam_interval": 3} if method == "EDF" else {}
     straight = distil(method, "straight", logging_steps=1, **options)
@@ -141,7 +141,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(distil, tmp_path, method):
 def test_processes_batch_and_accumulation_are_the_same(distil, tmp_path):
     """Two segments of a step, together, one after the other, or in two processes; some are above the threshold."""
     methods = {"TrajectoryMatching": {}, "EDF": {"cam_interval": 2}}
-    options = {"loss_threshold": 0.97, "max_steps": 5}
+    options = {"loss_threshold": 0.93, "max_steps": 5}
     together = {}
     for method, others in methods.items():
         trainer = distil(method, "one", per_device_train_batch_size=2, logging_steps=1, **options, **others)
@@ -201,12 +201,14 @@ def test_segments(distil, expert_bank):
     assert all(1 <= start < end for (_, start, _), end in zip(chosen, ends, strict=True))
     assert {start for _, start, _ in chosen} == {1, 2, 3, 4} and {start for _, start, _ in chosen[:10]} == {1}
     assert len({seed for _, _, seed in chosen}) == 60
+    assert any(len({start for _, start, _ in chosen[lap : lap + 3]}) > 1 for lap in range(0, 60, 3))
     expert, start, seed = chosen[7]
     row, target = expert_bank[1].pair(expert, start, 2)
     assert_close({**segments[7], "seeds": 0}, {"starts": row, "targets": target, "seeds": 0})
     assert segments[7]["seeds"] == seed
     twice = distil(**options, max_steps=30, per_device_train_batch_size=2).train_dataset
     assert len(twice) == 60 and twice.choose(7)[0] == expert and twice.choose(7)[2] == seed
+    assert all(twice.choose(number)[1] < min(5, 2 + 3 * (number // 2) // 30) for number in range(60))
     assert [twice._args.last_start_epoch(step) for step in (0, 9, 10, 29, 30, 99)] == [2, 2, 3, 4, 5, 5]
 
 
@@ -217,8 +219,10 @@ def test_segments_without_a_loss_are_left_out(distil, standing_still):
     numbers = [trainer.train_dataset.choose(number)[0] for number in range(6)]
     assert matched == [float(number != 0) for number in numbers]
     assert all(value.isfinite().all() for value in after.values())
-    both = distil(bank=standing_still, folder="both", per_device_train_batch_size=3, max_bad_steps=1)
-    assert all(value.isfinite().all() for value in trained(both).values())
+    together = trained(distil(bank=standing_still, folder="both", per_device_train_batch_size=3, max_bad_steps=1))
+    assert all(value.isfinite().all() for value in together.values())
+    split = distil(bank=standing_still, folder="split", gradient_accumulation_steps=3, max_bad_steps=1)
+    assert_close(trained(split), together, 1e-6)
 
 
 def test_no_loss_in_many_steps(distil, expert_bank, standing_still, tmp_path, monkeypatch):
@@ -245,9 +249,14 @@ def test_step_size_stays_positive(distil, warnings):
 
     trainer.add_callback(Watch())
     with torch.no_grad():
-        trainer.model.lr.fill_(0.1)
+        trainer.model.lr.fill_(10.0)
     trainer.train()
     assert min(values) == pytest.approx(1e-4), values
+    for value in (-1.0, -2.0):
+        with torch.no_grad():
+            trainer.model.lr.fill_(value)
+        trainer.after_update()
+        assert trainer.model.lr.item() == pytest.approx(1e-4)
     assert len([said for said in warnings if "fell below `min_lr`, 0.0001, and is kept" in said]) == 1
 
 
