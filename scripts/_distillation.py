@@ -19,6 +19,7 @@ from hf_effml.distillation.evaluation import get_protocol
 from hf_effml.distillation.real_images import reload_real_images
 from hf_effml.hub import CardResult
 from hf_effml.utils.benchmark import markdown_table
+from hf_effml.utils.imports import require
 
 
 if TYPE_CHECKING:
@@ -160,6 +161,8 @@ def distil(
     Returns:
         `dict[str, Any]`: the program's results.
     """
+    # What the end needs is asked for before hours of work.
+    require("datasets")
     data = reload_real_images(bank.metadata["dataset"].get("arguments"), bank.image_processor, script.data)
     model = distilled_from_real(
         data,

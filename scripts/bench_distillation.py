@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 FULL, CHECKPOINTED, FIRST_ORDER = "full unroll", "checkpointed unroll", "first order (TESLA)"
 OURS, COMPILED = "ours", "ours, compiled"
+_CAM_INTERVAL = 100
 
 
 @dataclass
@@ -82,7 +83,11 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
     torch.set_num_threads(args.threads)
     run = describe_run(seed=args.seed, rounds=args.rounds, threads=args.threads, device=args.device)
     gradients = [row for steps in args.syn_steps for row in _bench_gradient(args, steps)]
-    others = [*_bench_bank(args), _bench_maps(args), *_bench_augmentation(args)]
+    maps = _bench_maps(args)
+    step = next(row["ms"] for row in reversed(gradients) if row["way"] == OURS)
+    share = maps["ms"] * args.batch_syn / 100 / (_CAM_INTERVAL * step)
+    edf = {"what": f"maps every {_CAM_INTERVAL} steps, share of EDF's time", "share": f"{share:.3%}"}
+    others = [*_bench_bank(args), maps, edf, *_bench_augmentation(args)]
     results: dict[str, object] = {"run": run, "settings": vars(args), "gradients": gradients, "others": others}
     tables = [
         f"## One gradient of the matching loss\n\n{markdown_table(gradients)}",

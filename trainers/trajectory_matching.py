@@ -90,6 +90,8 @@ class TrajectoryMatchingTrainingArguments(TrainingArguments):
             Epochs of that training, in place of the protocol's.
         eval_seeds (`int`, *optional*, defaults to 1):
             Students that an evaluation trains and averages over.
+        allow_preprocessing_mismatch (`bool`, *optional*, defaults to `False`):
+            Go on, with a warning, where the set's images were preprocessed in another way than those of the experts.
     """
 
     rarely_changed: ClassVar[tuple[str, ...]] = (
@@ -104,6 +106,7 @@ class TrajectoryMatchingTrainingArguments(TrainingArguments):
         "eval_protocol",
         "eval_epochs",
         "eval_seeds",
+        "allow_preprocessing_mismatch",
     )
 
     syn_steps: int = field(default=80, metadata={"help": "Steps that the student takes on the synthetic images."})
@@ -132,6 +135,10 @@ class TrajectoryMatchingTrainingArguments(TrainingArguments):
     eval_protocol: str = field(default="tm-short", metadata={"help": "How evaluations train a student."})
     eval_epochs: int | None = field(default=None, metadata={"help": "Epochs of that, in place of the protocol's."})
     eval_seeds: int = field(default=1, metadata={"help": "Students that an evaluation averages over."})
+
+    allow_preprocessing_mismatch: bool = field(
+        default=False, metadata={"help": "Go on where the experts' images were preprocessed in another way."}
+    )
 
     # What the algorithm prescribes or a set as a model needs; anything else is refused below.
     per_device_train_batch_size: int = field(default=1, metadata={"help": "Segments per step and process."})
@@ -167,6 +174,9 @@ class TrajectoryMatchingTrainingArguments(TrainingArguments):
         self._check_starts()
         self.matching()
         self.protocol()
+        if self.load_best_model_at_end and self.metric_for_best_model is None:
+            # Evaluations give no loss, which is what the base class looks at.
+            self.metric_for_best_model = "accuracy"
         super().__post_init__()
 
     def _check_starts(self) -> None:
@@ -384,7 +394,7 @@ class TrajectoryMatchingTrainer(EffMLTrainer):
         self.bank.check_student(student)
         self.bank.check_range(args.max_start_epoch, args.expert_epochs, args.min_start_epoch)
         if model.config.preprocessing is not None:
-            self.bank.check_preprocessing(model.config.preprocessing)
+            self.bank.check_preprocessing(model.config.preprocessing, args.allow_preprocessing_mismatch)
         try:
             classes = student.logits(student.flatten(), model.images[:2].detach().cpu()).shape[1]
         except (RuntimeError, ValueError) as error:

@@ -203,6 +203,7 @@ def distilled_from_real(
     method: Literal["correct", "real", "noise"] = "correct",
     seed: int = 0,
     device: str | torch.device = "cpu",
+    allow_mismatch: bool = False,
     **config_fields: object,
 ) -> DistilledDatasetModel:
     """Makes a synthetic set to start from, as DATM, PAD and EDF do: real images with soft labels of the experts.
@@ -221,6 +222,8 @@ def distilled_from_real(
             Seed of the choice.
         device (`str` or `torch.device`, *optional*, defaults to `"cpu"`):
             Where to compute.
+        allow_mismatch (`bool`, *optional*, defaults to `False`):
+            Go on, with a warning, where the experts saw other pixels.
         config_fields (`dict`, *optional*):
             Further fields of [`~hf_effml.DistilledDatasetConfig`].
 
@@ -231,7 +234,7 @@ def distilled_from_real(
         ValueError: If the experts saw other pixels, or a class has too few images.
     """
     real = data.train
-    bank.check_preprocessing(data.processor.fingerprint)
+    bank.check_preprocessing(data.processor.fingerprint, allow_mismatch)
     channels, *size = real.images.shape[1:]
     config = DistilledDatasetConfig(
         images_per_class=images_per_class,

@@ -106,8 +106,10 @@ class TrajectoryBank:
             return cls(name)
         try:
             path = hf_hub_download(name, BANK_NAME, repo_type="dataset", revision=revision, token=token)
-        except LocalEntryNotFoundError:
-            raise
+        except LocalEntryNotFoundError as error:
+            raise FileNotFoundError(
+                f"`{name}` is no folder here and not in the cache, and the Hub cannot be reached to look for it there."
+            ) from error
         except (EntryNotFoundError, HFValidationError, RepositoryNotFoundError) as error:
             raise FileNotFoundError(
                 f"`{name}` is no folder, and no data set on the Hub that has a `{BANK_NAME}` and that you may read. "

@@ -184,6 +184,7 @@ def test_other_pixels_are_refused(expert_bank):
     mixed = RealImageData("other", data.train, None, data.test, other)
     with pytest.raises(ValueError, match="preprocessed in another way"):
         distilled_from_real(mixed, bank, 2)
+    assert distilled_from_real(mixed, bank, 2, allow_mismatch=True).config.preprocessing == other.fingerprint
 
 
 def test_one_channel_and_batch_norm(tmp_path):

@@ -108,9 +108,10 @@ def test_maps_are_made_at_their_steps(distil, asked):
 def test_only_checkpoints_hold_maps(distil):
     trainer = distil("EDF", max_steps=2, save_strategy="steps", save_steps=2)
     trainer.train()
-    trainer.save_model()
     folder = Path(trainer.args.output_dir)
-    assert (folder / "model.safetensors").exists() and not (folder / "activation_maps.safetensors").exists()
+    for place in (folder, folder / "final"):
+        trainer.save_model(str(place))
+        assert (place / "model.safetensors").exists() and not (place / "activation_maps.safetensors").exists()
     assert (folder / "checkpoint-2" / "activation_maps.safetensors").exists()
     assert json.loads((folder / "config.json").read_text())["method"] == "edf"
 

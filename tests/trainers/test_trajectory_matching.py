@@ -337,6 +337,26 @@ def test_sets_that_do_not_fit_the_bank(distil, start, message):
         distil(start=synthetic(**start))
 
 
+def test_other_pixels_if_one_insists(distil):
+    distil(start=synthetic(preprocessing="other", images_per_class=2), allow_preprocessing_mismatch=True, max_steps=1)
+
+
+def test_the_best_set_is_the_most_accurate_one(distil, expert_bank):
+    trainer = distil(
+        eval_dataset=expert_bank[0].validation,
+        eval_strategy="steps",
+        save_strategy="best",
+        eval_steps=1,
+        eval_epochs=1,
+        load_best_model_at_end=True,
+    )
+    trainer.train()
+    accuracies = [entry["eval_accuracy"] for entry in trainer.state.log_history if "eval_accuracy" in entry]
+    assert trainer.state.best_metric == max(accuracies)
+    best = 1 + accuracies.index(max(accuracies))
+    assert trainer.state.best_model_checkpoint.endswith(f"checkpoint-{best}")
+
+
 def test_ranges_beyond_the_bank(distil):
     with pytest.raises(ValueError, match=r"goes beyond the bank. It ends with epoch 8. The largest possible .* is 6"):
         distil(max_start_epoch=9)
