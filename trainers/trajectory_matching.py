@@ -9,7 +9,6 @@ import torch
 from accelerate.utils import broadcast_object_list
 from huggingface_hub import CommitInfo
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.utils import logging
@@ -23,6 +22,7 @@ from hf_effml.distillation.pictures import image_grid, save_curves
 from hf_effml.distillation.publishing import save_distilled_dataset
 from hf_effml.distillation.training_sets import as_training_set
 from hf_effml.distillation.trajectory_bank import TrajectoryBank
+from hf_effml.distillation.trajectory_segments import TrajectorySegments, collate_segments
 from hf_effml.distillation.unroll import StudentDerivatives
 from hf_effml.hub import push_folder, write_dataset_card
 from hf_effml.hub.privacy import scrub, scrub_command
@@ -174,7 +174,7 @@ class TrajectoryMatchingTrainingArguments(TrainingArguments):
         self._check_starts()
         self.matching()
         self.protocol()
-        if self.load_best_model_at_end and self.metric_for_best_model is None:
+        if self.load_best_model_at_end and self.metric_for_best_model is None:  # type: ignore[has-type]
             # Evaluations give no loss, which is what the base class looks at.
             self.metric_for_best_model = "accuracy"
         super().__post_init__()
@@ -245,68 +245,6 @@ _PRESCRIBED = (
     ("ignore_data_skip", False, "A run that goes on would match the first segments again."),
     ("torch_compile", False, "Use `compile`, which compiles the derivatives of the student."),
 )
-
-
-class TrajectorySegments(Dataset):
-    """The segments of experts' trajectories that training matches, each drawn from the seed and its number alone.
-
-    Args:
-        bank ([`~hf_effml.distillation.trajectory_bank.TrajectoryBank`]):
-            The experts.
-        args ([`TrajectoryMatchingTrainingArguments`]):
-            Which epochs, how many steps.
-        per_step (`int`):
-            Segments of a step over all processes.
-    """
-
-    def __init__(self, bank: TrajectoryBank, args: TrajectoryMatchingTrainingArguments, per_step: int):
-        self.bank, self._args, self._per_step = bank, args, per_step
-
-    def __len__(self) -> int:
-        """Number of segments of the whole training."""
-        return self._args.max_steps * self._per_step
-
-    def choose(self, number: int) -> tuple[int, int, int]:
-        """Says which segment comes when, without reading it.
-
-        Args:
-            number (`int`):
-                Number of the segment from the beginning of training.
-
-        Returns:
-            `tuple[int, int, int]`: expert, start epoch, and the seed of the student's batches and augmentations.
-        """
-        seed = self._args.seed
-        lap, place = divmod(number, len(self.bank))
-        order = torch.Generator().manual_seed(seed_from(seed, "experts", lap))
-        expert = int(torch.randperm(len(self.bank), generator=order)[place])
-        starts = torch.Generator().manual_seed(seed_from(seed, "start", number))
-        end = self._args.last_start_epoch(number // self._per_step)
-        start = int(torch.randint(self._args.min_start_epoch, end, (), generator=starts))
-        return expert, start, seed_from(seed, "segment", number)
-
-    def __getitem__(self, number: int) -> dict[str, Any]:
-        """Reads a segment."""
-        expert, epoch, seed = self.choose(number)
-        start, target = self.bank.pair(expert, epoch, self._args.expert_epochs)
-        return {"starts": start, "targets": target, "seeds": seed}
-
-
-def collate_segments(segments: list[dict[str, Any]]) -> dict[str, Any]:
-    """Makes a batch of segments; seeds stay plain numbers, which need no device.
-
-    Args:
-        segments (`list[dict]`):
-            From [`TrajectorySegments`].
-
-    Returns:
-        `dict[str, Any]`: `starts` and `targets` of shape `(segments, parameters)`, and `seeds`.
-    """
-    return {
-        "starts": torch.stack([segment["starts"] for segment in segments]),
-        "targets": torch.stack([segment["targets"] for segment in segments]),
-        "seeds": [segment["seeds"] for segment in segments],
-    }
 
 
 class TrajectoryMatchingTrainer(EffMLTrainer):

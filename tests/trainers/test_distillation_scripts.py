@@ -1,0 +1,120 @@
+"""The programs around dataset distillation: from experts to a published set, the benchmark and the experiment."""
+
+import json
+
+import pytest
+import torch
+
+from hf_effml import DistilledDatasetModel, TrajectoryBank, load_distilled
+from hf_effml.hub.cards import CARD_NAME
+from hf_effml.scripts import (
+    _distillation,
+    bench_distillation,
+    experiment_distillation,
+    train_datm,
+    train_edf,
+    train_expert,
+    train_pad,
+)
+
+
+SHORT = [
+    *("--syn_steps", "2", "--max_start_epoch", "1", "--max_steps", "2", "--report_to", "none", "--use_cpu"),
+    *("--test_protocol", "tm-short", "--test_epochs", "2", "--test_seeds", "1"),
+]
+
+
+@pytest.fixture(scope="module")
+def bank(tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("programs") / "bank")
+    train_expert.main(["--recipe", "smoke", "--num_experts", "1", "--num_train_epochs", "3", "--output_dir", folder])
+    return folder
+
+
+@pytest.mark.parametrize("program", [train_pad, train_edf, train_datm], ids=["pad", "edf", "datm"])
+def test_distils_tests_and_publishes(program, bank, tmp_path, capsys):
+    out = tmp_path / "set"
+    results = program.main(["--bank", bank, "--output_dir", str(out), "--picture_steps", "2", *SHORT])
+    assert results["steps"] == 2 and 0 <= results["accuracies"]["random_hard"] <= 1
+    published = load_distilled(out / "dataset")
+    model = DistilledDatasetModel.from_pretrained(out)
+    assert torch.equal(published.training_set.images, model.images)
+    assert torch.equal(published.training_set.soft_labels, model.labels)
+    assert model.config.method == {train_pad: "pad", train_edf: "edf", train_datm: "tm"}[program]
+    assert {path.name for path in (out / "pictures").iterdir()} == {"step-000000.png", "step-000002.png"}
+    card = (out / CARD_NAME).read_text()
+    # What is measured on the test images stands on the card, and no license is made up.
+    assert "the test images of digits" in card and "license:" not in card
+    assert f"{results['accuracy']:.3g}"[:4] in card
+    assert f'load_dataset("{out}/dataset"' in capsys.readouterr().out
+
+
+def test_dry_run_computes_nothing(bank, tmp_path, capsys):
+    costs = train_pad.main(["--bank", bank, "--output_dir", str(tmp_path / "set"), "--dry_run", *SHORT])
+    assert costs["full_unroll_GB"] > costs["ours_GB"] > 0
+    assert "full unroll GB" in capsys.readouterr().out
+    assert not (tmp_path / "set").exists() or not any((tmp_path / "set").iterdir())
+
+
+def test_last_step_is_reported_beside_the_selected_one(bank, tmp_path, monkeypatch):
+    found = {}
+    evaluate = _distillation.evaluate_distilled
+    monkeypatch.setattr(_distillation, "evaluate_distilled", lambda *a, **k: found.update(k) or evaluate(*a, **k))
+    argv = [
+        "--bank",
+        bank,
+        "--output_dir",
+        str(tmp_path / "set"),
+        *SHORT,
+        "--eval_strategy",
+        "steps",
+        "--eval_steps",
+        "1",
+    ]
+    argv += ["--save_steps", "1", "--load_best_model_at_end", "true", "--eval_epochs", "1", "--lr_img", "3000"]
+    results = train_datm.main(argv)
+    selected = json.loads((tmp_path / "set" / "dataset" / "distillation.json").read_text())["selected"]["step"]
+    assert ("last" in results["accuracies"]) == (selected == 1) == (found["last"] is not None)
+
+
+def test_map_arguments_that_do_not_fit(bank):
+    with pytest.raises(ValueError, match="Name it as well"):
+        train_edf.MapArguments(cam_subset="imagenette")
+    with pytest.raises(ValueError, match="`cam_subset` must be one of imagefruit"):
+        train_edf.MapArguments(cam_model="resnet", cam_subset="imagecars")
+    with pytest.raises(ValueError, match="one class of `cam_model` for each of the 10 classes; got 2"):
+        train_edf._map_network(
+            train_edf.MapArguments(cam_model="resnet", cam_classes=[1, 2]), TrajectoryBank.from_pretrained(bank)
+        )
+
+
+def test_bench_writes_table_and_json(tmp_path, capsys):
+    argv = ["--hidden_size", "4", "--depth", "1", "--image_size", "8", "--batch_syn", "10", "--syn_steps", "2", "3"]
+    argv += ["--bank_experts", "1", "--rounds", "1", "--no_compile", "--output_dir", str(tmp_path)]
+    results = bench_distillation.main(argv)
+    ways = [bench_distillation.FULL, bench_distillation.CHECKPOINTED, bench_distillation.FIRST_ORDER]
+    assert [row["way"] for row in results["gradients"]] == [*ways, bench_distillation.OURS] * 2
+    errors = {row["way"]: float(row["error_images"]) for row in results["gradients"]}
+    assert errors[bench_distillation.OURS] < 1e-5 < errors[bench_distillation.FIRST_ORDER]
+    assert (tmp_path / "bench_distillation.md").read_text().strip() in capsys.readouterr().out
+
+
+def test_bench_refuses_a_wrong_gradient(tmp_path, monkeypatch):
+    right = bench_distillation._matched
+    monkeypatch.setattr(bench_distillation, "_matched", lambda *a, **k: [1.1 * each for each in right(*a, **k)])
+    with pytest.raises(RuntimeError, match="Nothing is reported.*`full unroll` and `ours` differ"):
+        argv = ["--hidden_size", "4", "--depth", "1", "--image_size", "8", "--batch_syn", "4", "--syn_steps", "2"]
+        bench_distillation.main([*argv, "--rounds", "1", "--no_compile", "--output_dir", str(tmp_path)])
+
+
+def test_experiment_runs(tmp_path, monkeypatch):
+    argv = ["--recipe", "digits", "--seeds", "0", "--output_dir", str(tmp_path), "--num_experts", "1", "--epochs", "3"]
+    argv += ["--syn_steps", "2", "--max_start_epoch", "1", "--max_steps", "2", "--test_seeds", "1"]
+    argv += ["--max_train", "100", "--max_test", "50", "--methods", "DATM", "PAD", "EDF"]
+    settings = experiment_distillation.get_protocol("tm-short", epochs=2)
+    monkeypatch.setattr(experiment_distillation, "get_protocol", lambda name: settings)
+    rows = experiment_distillation.main(argv)["rows"]
+    assert [row["trained_on"] for row in rows][-3:] == ["DATM", "PAD", "EDF"] and len(rows) == 6
+    assert json.loads((tmp_path / "distillation_digits.json").read_text())["rows"] == rows
+    with pytest.raises(ValueError, match="`methods` may hold DATM"):
+        experiment_distillation.ExperimentArguments(methods=["TESLA"])
