@@ -48,7 +48,7 @@ class SetArguments:
     )
     images_per_class: int = field(default=1, metadata={"help": "Synthetic images of every class."})
     initialization: Literal["correct", "real", "noise"] = field(
-        default="correct", metadata={"help": "Start from real images that experts know, from any, or from noise."}
+        default="correct", metadata={"help": "Start from real images that experts know, or any."}
     )
     initial_lr: float = field(default=0.01, metadata={"help": "Step size of students at the start; it is learned."})
     augmentation: str = field(

@@ -1,4 +1,4 @@
-"""Trains a small model here, makes it faster, and distils its data: every method at hand, two minutes, no download.
+"""Trains a small model here, makes it faster and distils its data, all methods at hand: some two minutes, no download.
 
 Example: `hf-effml demo --out effml-demo`
 """
