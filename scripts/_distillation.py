@@ -34,6 +34,7 @@ class SetArguments:
         "initial_lr",
         "augmentation",
         "crop_ratio",
+        "test_protocol",
         "test_epochs",
         "full_epochs",
         "license",
@@ -48,7 +49,7 @@ class SetArguments:
     )
     images_per_class: int = field(default=1, metadata={"help": "Synthetic images of every class."})
     initialization: Literal["correct", "real", "noise"] = field(
-        default="correct", metadata={"help": "Start from real images that experts know, or any."}
+        default="correct", metadata={"help": "What the images start from."}
     )
     initial_lr: float = field(default=0.01, metadata={"help": "Step size of students at the start; it is learned."})
     augmentation: str = field(
