@@ -277,8 +277,10 @@ def adjoint_sweep(
         with torch.enable_grad():
             own = images[index].detach().requires_grad_()
             batch = augment(own, draw, augmentation)
+        # The first step's is not needed, but leaving it out would be another function to compile.
+        with_theta = not first_order and (number > 0 or derivatives.compile)
         curvature, pixels, soft_labels, product = derivatives.second_order(
-            states.pop(), batch.detach(), labels[index], adjoint, number > 0 and not first_order
+            states.pop(), batch.detach(), labels[index], adjoint, with_theta
         )
         if draw is not None:
             (pixels,) = torch.autograd.grad(batch, own, pixels)
