@@ -196,7 +196,8 @@ def distil(
         print(f"\n{markdown_table(report.rows())}")
         results |= {"accuracy": report.accuracy, "accuracies": {k: v.mean for k, v in report.accuracies.items()}}
     print(f"\nWrote {folder}, with a picture and a card. To load it, or to push it as a data set:")
-    print(f'load_dataset("{folder}", split="train")')
+    # By its file: of a folder with a card `datasets` caches the first content and gives it back ever after.
+    print(f'load_dataset("parquet", data_files="{folder}/data/*.parquet", split="train")')
     print(f"hf-effml push {folder} USER/NAME")
     return results
 

@@ -226,7 +226,7 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
     print(f"\nMeasured in turn on {_machine()}. Wrote {args.out} in {seconds:.0f} s:")
     print(f"  {', '.join(sorted(path.name for path in Path(args.out).iterdir()))}\nUse it:")
     print(f'  pipeline("image-classification", "{folders[-1]}", trust_remote_code=True)')
-    print(f'  load_dataset("{set_folder}", split="train")')
+    print(f'  load_dataset("parquet", data_files="{set_folder}/data/*.parquet", split="train")')
     return results | {"folders": folders}
 
 

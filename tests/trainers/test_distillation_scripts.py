@@ -1,10 +1,12 @@
 """The programs around dataset distillation: from experts to a published set, the benchmark and the experiment."""
 
 import json
+import re
 
 import pytest
 import torch
 
+from helpers import require_package
 from hf_effml import DistilledDatasetModel, TrajectoryBank, load_distilled
 from hf_effml.hub.cards import CARD_NAME
 from hf_effml.scripts import (
@@ -46,7 +48,9 @@ def test_distils_tests_and_publishes(program, bank, tmp_path, capsys):
     # What is measured on the test images stands on the card, and no license is made up.
     assert "the test images of digits" in card and "license:" not in card
     assert f"{results['accuracy']:.3g}"[:4] in card
-    assert f'load_dataset("{out}/dataset"' in capsys.readouterr().out
+    line = re.search(r'load_dataset\("parquet", data_files="(.*)", split="train"\)', capsys.readouterr().out)
+    rows = require_package("datasets").load_dataset("parquet", data_files=line.group(1), split="train")
+    assert torch.equal(rows.with_format("torch")["image"][:], model.images)
 
 
 def test_dry_run_computes_nothing(bank, tmp_path, capsys):
