@@ -133,7 +133,7 @@ def matching_loss(
     difference = (final - target).detach()
     kept = kept_entries(difference.square(), mask, drop_ratio)
     way = (start - target).square()
-    remaining, way = (final - target).square(), way
+    remaining = (final - target).square()
     if kept is not None:
         remaining, way, difference = remaining * kept, way * kept, difference * kept
     length = way.sum()
