@@ -10,11 +10,12 @@ from typing import Any
 from huggingface_hub import DatasetCard, DatasetCardData
 
 from hf_effml.methods import METHODS, Method
+from hf_effml.utils.report import markdown_table
 
 from .cards import CARD_NAME
 from .distillation_results import merge_results, results_section
 from .privacy import scrub
-from .results import arguments_table, markdown_table
+from .results import arguments_table
 
 
 __all__ = ["INFO_NAME", "add_evaluations", "is_distilled_set", "render_dataset_card", "write_dataset_card"]

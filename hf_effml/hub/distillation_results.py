@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .results import markdown_table
+from hf_effml.utils.report import markdown_table
 
 
 _COLUMNS = {

@@ -2,10 +2,12 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
+
+from hf_effml.utils.report import CardResult, markdown_table
 
 from .privacy import scrub
 
@@ -13,38 +15,6 @@ from .privacy import scrub
 _HEADING = "## Results"
 _FOLLOWING_HEADING = "## How it was made"
 _COLUMNS = ["", "This model", "Its starting point"]
-
-
-@dataclass(frozen=True)
-class CardResult:
-    """One row of a card's results: this model beside its starting point.
-
-    Args:
-        name (`str`):
-            What was measured, with its unit and, for speeds, the device: `"Latency (ms per image, 2 CPU cores)"`.
-        value (`float` or `int` or `str`):
-            The value of this model.
-        starting_point (`float` or `int` or `str`, *optional*):
-            The value of the model it was made from. Leave it out when it was not measured.
-        metric (`str`, *optional*):
-            The Hub's name of the metric, for example `"accuracy"`. Rows with a metric also go into the card's
-            `model-index`.
-
-    Example:
-
-    ```python
-    >>> from hf_effml.hub import CardResult
-
-    >>> CardResult("Accuracy", 0.93, starting_point=0.95, metric="accuracy").value
-    0.93
-
-    ```
-    """
-
-    name: str
-    value: float | int | str
-    starting_point: float | int | str | None = None
-    metric: str | None = None
 
 
 def set_model_index(
@@ -147,32 +117,6 @@ def _parse_table(table: str) -> list[CardResult]:
         starting_point = cells[2] if len(cells) > 2 and cells[2] != "-" else None
         rows.append(CardResult(cells[0], cells[1], starting_point))
     return rows
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Writes a table in Markdown, numbers with four significant digits.
-
-    Args:
-        header (`Sequence[str]`):
-            Names of the columns.
-        rows (`Sequence[Sequence]`):
-            One value per column; `None` is shown as a dash.
-
-    Returns:
-        `str`: the table, empty without rows.
-    """
-    if not rows:
-        return ""
-    lines = [header, ["---"] * len(header), *([_cell(value) for value in row] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, float | int):
-        return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
-    return str(value).replace("|", r"\|")
 
 
 def _identity(entry: EvalResult) -> tuple:

@@ -1,0 +1,212 @@
+"""What a user keeps is written beside and renamed: a kill or a full disk leaves the old file or the new one, whole."""
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+__all__ = [
+    "is_leftover",
+    "remove_leftovers",
+    "replacing_file",
+    "replacing_folder",
+    "write_bytes",
+    "write_json",
+    "write_safetensors",
+    "write_text",
+]
+
+_ENDING = ".unfinished"
+# Ours, those of earlier versions, and what safetensors writes before it renames.
+_LEFTOVER = re.compile(r"\..+\.([a-z0-9_]{8}\.unfinished|\d+\.tmp)|\.tmp[A-Za-z0-9_]{6}")
+
+
+@contextmanager
+def replacing_file(path: str | Path) -> Iterator[Path]:
+    """Lends a file beside `path` that takes its place when the block ends well, and is removed when it does not.
+
+    Args:
+        path (`str` or `Path`):
+            The file to write; its folder is made if need be.
+
+    Yields:
+        `Path`: the file to write into, on the same disk.
+
+    Example:
+
+    ```python
+    >>> from hf_effml.utils.files import replacing_file
+
+    >>> with replacing_file("notes.txt") as unfinished:
+    ...     _ = unfinished.write_text("all of it")
+    >>> open("notes.txt").read()
+    'all of it'
+
+    ```
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=_ENDING, dir=path.parent)
+    os.close(handle)
+    unfinished = Path(name)
+    try:
+        yield unfinished
+        # What `mkstemp` makes is for its owner alone.
+        unfinished.chmod(path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~_umask())
+        _flush(unfinished)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(path: str | Path) -> Iterator[Path]:
+    """Lends a folder beside `path` that takes its place when the block ends well, and is removed when it does not.
+
+    A kill in the instant between the two renames leaves the old folder whole, under the name of a leftover.
+
+    Args:
+        path (`str` or `Path`):
+            The folder to write. What it holds is replaced as a whole.
+
+    Yields:
+        `Path`: the empty folder to write into.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Both lie in one folder of their own: a rename needs a name that is free.
+    beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=_ENDING, dir=path.parent))
+    unfinished, old = beside / "new", beside / "old"
+    try:
+        unfinished.mkdir()
+        yield unfinished
+        if path.exists():
+            os.replace(path, old)
+        os.replace(unfinished, path)
+    finally:
+        if old.exists() and not path.exists():
+            os.replace(old, path)
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def write_text(path: str | Path, text: str) -> Path:
+    """Writes a text in one go.
+
+    Args:
+        path (`str` or `Path`):
+            The file; its folder is made if need be.
+        text (`str`):
+            Its content.
+
+    Returns:
+        `Path`: the file.
+    """
+    return write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: str | Path, value: Any, indent: int | None = 2) -> Path:
+    """Writes a value as JSON in one go.
+
+    Args:
+        path (`str` or `Path`):
+            The file; its folder is made if need be.
+        value (`Any`):
+            JSON-plain.
+        indent (`int`, *optional*, defaults to 2):
+            Spaces per level.
+
+    Returns:
+        `Path`: the file.
+    """
+    return write_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
+
+
+def write_bytes(path: str | Path, data: bytes) -> Path:
+    """Writes bytes in one go.
+
+    Args:
+        path (`str` or `Path`):
+            The file; its folder is made if need be.
+        data (`bytes`):
+            Its content.
+
+    Returns:
+        `Path`: the file.
+    """
+    with replacing_file(path) as unfinished:
+        unfinished.write_bytes(data)
+    return Path(path)
+
+
+def write_safetensors(
+    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> Path:
+    """Writes tensors in one go.
+
+    Args:
+        path (`str` or `Path`):
+            The file; its folder is made if need be.
+        tensors (`Mapping[str, Tensor]`):
+            What goes into it, on any device.
+        metadata (`Mapping[str, str]`, *optional*):
+            What else. More than one entry come in another order in every run, and make other bytes.
+
+    Returns:
+        `Path`: the file.
+    """
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with replacing_file(path) as unfinished:
+        save_file(plain, unfinished, metadata=None if metadata is None else dict(metadata))
+    return Path(path)
+
+
+def is_leftover(name: str) -> bool:
+    """Says whether a name is one of a temporary file that somebody who was killed has left behind.
+
+    Args:
+        name (`str`):
+            Name of a file or folder, without its folder.
+
+    Returns:
+        `bool`: the answer; also for what safetensors leaves (`.tmpA1b2C3`).
+    """
+    return _LEFTOVER.fullmatch(name) is not None
+
+
+def remove_leftovers(folder: str | Path) -> None:
+    """Removes temporary files that killed processes have left in a folder; call it when nobody else writes there.
+
+    Args:
+        folder (`str` or `Path`):
+            The folder; its sub-folders are left alone.
+    """
+    for path in Path(folder).iterdir() if Path(folder).is_dir() else ():
+        if is_leftover(path.name):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _flush(path: Path) -> None:
+    """Brings a file to the disk: a renamed file whose content is still in memory is empty after a power cut."""
+    handle = os.open(path, os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

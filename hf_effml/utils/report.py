@@ -1,0 +1,336 @@
+"""The one road of a number: rows by name, the facts of the run and notes, as a table, Markdown, JSON and card rows."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .files import write_json, write_text
+
+
+__all__ = ["CardResult", "Column", "Report", "markdown_table"]
+
+
+@dataclass(frozen=True)
+class CardResult:
+    """One row of a card's results: this model beside its starting point.
+
+    Args:
+        name (`str`):
+            What was measured, with its unit and, for speeds, the device: `"Latency (ms per image, 2 CPU cores)"`.
+        value (`float` or `int` or `str`):
+            The value of this model.
+        starting_point (`float` or `int` or `str`, *optional*):
+            The value of the model it was made from. Leave it out when it was not measured.
+        metric (`str`, *optional*):
+            The Hub's name of the metric, for example `"accuracy"`. Rows with a metric also go into the card's
+            `model-index`.
+
+    Example:
+
+    ```python
+    >>> from hf_effml.hub import CardResult
+
+    >>> CardResult("Accuracy", 0.93, starting_point=0.95, metric="accuracy").value
+    0.93
+
+    ```
+    """
+
+    name: str
+    value: float | int | str
+    starting_point: float | int | str | None = None
+    metric: str | None = None
+
+
+@dataclass(frozen=True)
+class Column:
+    """How a quantity is shown; what is kept in JSON is the quantity itself.
+
+    Args:
+        title (`str`):
+            Head of its column.
+        format (`str`, *optional*, defaults to `".4g"`):
+            Format of a number, as after the colon of an f-string.
+        unit (`str`, *optional*, defaults to `""`):
+            What follows the number, for example `"x"`.
+        scale (`float`, *optional*, defaults to 1.0):
+            What a number is multiplied by, for tables and cards.
+        change (`str`, *optional*, defaults to `""`):
+            What stands in brackets behind a number of a later row, beside the first row's: the `"difference"`, or the
+            `"share"` by which it differs.
+        card (`str`, *optional*):
+            Name of the quantity on a card; it is on none if unset.
+        metric (`str`, *optional*):
+            The Hub's name of the metric, see [`CardResult`].
+    """
+
+    title: str
+    format: str = ".4g"
+    unit: str = ""
+    scale: float = 1.0
+    change: str = ""
+    card: str | None = None
+    metric: str | None = None
+
+    def show(self, value: Any, first: Any = None) -> str:
+        """Writes a value for people.
+
+        Args:
+            value (`Any`):
+                A number; a list of numbers, one per seed, is shown as mean and standard deviation (of a sample); a
+                tuple as its parts; `None` as a dash; anything else as it is.
+            first (`Any`, *optional*):
+                The value of the report's first row, for `change`.
+
+        Returns:
+            `str`: the text.
+        """
+        if isinstance(value, list) and value:
+            return self._spread(value)
+        if isinstance(value, tuple):
+            return " ".join(self.show(part) for part in value)
+        if not _is_number(value):
+            return "-" if value is None else str(value)
+        text = f"{value * self.scale:{self.format}}{self.unit}" if self._formats(value) else str(value)
+        return f"{text} ({self._change(value, first)})" if self.change and _is_number(first) else text
+
+    def _formats(self, value: float) -> bool:
+        """Whole numbers stay whole unless the column says how many digits it wants."""
+        return isinstance(value, float) or self.format != ".4g" or self.scale != 1
+
+    def _spread(self, values: list[float]) -> str:
+        mean = statistics.fmean(values) * self.scale
+        if len(values) == 1:
+            return f"{mean:{self.format}}{self.unit}"
+        spread = statistics.stdev(values) * self.scale
+        return f"{f'{mean:{self.format}}'.removesuffix('%')} ± {spread:{self.format}}{self.unit}"
+
+    def _change(self, value: float, first: float) -> str:
+        if self.change == "share":
+            return f"{value / first - 1:+.0%}" if first else "-"
+        # Points, not per cent of the first row.
+        return f"{(value - first) * self.scale:+{self.format}}".removesuffix("%")
+
+
+@dataclass
+class Report:
+    """What a program measured.
+
+    Args:
+        name (`str`):
+            Name of its files, and of its rows in the JSON of a larger report.
+        columns (`Mapping[str, Column]`, *optional*, defaults to `{}`):
+            Which quantities tables show, and how. All are shown, under their own names, where none are declared.
+        title (`str`, *optional*, defaults to `""`):
+            Heading.
+        facts (`dict[str, Any]`, *optional*):
+            What has to be known about the run, JSON-plain; `run` is [`~hf_effml.utils.benchmark.describe_run`]'s.
+        notes (`list[str]`, *optional*):
+            Sentences under the table.
+        parts (`list[Report]`, *optional*):
+            Further tables of the same run.
+
+    Example:
+
+    ```python
+    >>> from hf_effml.utils.report import Column, Report
+
+    >>> report = Report("digits", {"accuracy": Column("accuracy", ".1%", card="Accuracy", metric="accuracy")})
+    >>> report.add("dense", accuracy=0.95)
+    >>> report.add("merged", accuracy=[0.92, 0.94], steps=7)
+    >>> print(report.as_text())
+               accuracy
+    dense         95.0%
+    merged  93.0 ± 1.4%
+    >>> report.as_dict()["rows"][1]
+    {'name': 'merged', 'accuracy': [0.92, 0.94], 'steps': 7}
+
+    ```
+    """
+
+    name: str
+    columns: Mapping[str, Column] = field(default_factory=dict)
+    title: str = ""
+    facts: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    parts: list["Report"] = field(default_factory=list)
+    rows: dict[str, dict[str, Any]] = field(default_factory=dict, init=False)
+
+    def add(self, name: str, /, **values: Any) -> None:
+        """Adds a row, in place of one of that name.
+
+        Args:
+            name (`str`):
+                What was measured.
+            values (`dict`):
+                Its quantities, JSON-plain.
+        """
+        self.rows[name] = values
+
+    def add_part(self, name: str, columns: Mapping[str, Column] | None = None, title: str = "") -> "Report":
+        """Adds a table of its own.
+
+        Args:
+            name (`str`):
+                Name of its rows in the JSON.
+            columns (`Mapping[str, Column]`, *optional*):
+                Its columns.
+            title (`str`, *optional*, defaults to `""`):
+                Its heading.
+
+        Returns:
+            [`Report`]: the part, to fill.
+        """
+        part = Report(name, columns or {}, title)
+        self.parts.append(part)
+        return part
+
+    def as_text(self) -> str:
+        """Writes the tables for a screen.
+
+        Returns:
+            `str`: without a line break at the end.
+        """
+        return "\n\n".join(
+            [*self._texts(), *(text for part in self.parts for text in part._texts()), *self.notes, *self._of_run()]
+        )
+
+    def as_markdown(self) -> str:
+        """Writes the tables as Markdown.
+
+        Returns:
+            `str`: without a line break at the end.
+        """
+        blocks = [
+            block
+            for one in [self, *self.parts]
+            for block in [f"## {one.title}" if one.title else "", one._markdown(), *(one.notes if one != self else ())]
+        ]
+        return "\n\n".join(block for block in [*blocks, *self.notes, *self._of_run()] if block)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything as plain values.
+
+        Returns:
+            `dict`: the facts, `rows` (those of every part under its name) and `notes`.
+        """
+        content = dict(self.facts)
+        if self.rows or not self.parts:
+            content["rows"] = self._plain_rows()
+        content |= {part.name: part._plain_rows() for part in self.parts}
+        notes = [note for one in [self, *self.parts] for note in one.notes]
+        return content | ({"notes": notes} if notes else {})
+
+    def save(self, folder: str | Path) -> Path:
+        """Writes `<name>.json` and `<name>.md`, each in one go.
+
+        Args:
+            folder (`str` or `Path`):
+                Where to; it is made if need be.
+
+        Returns:
+            `Path`: the Markdown file.
+        """
+        write_json(Path(folder) / f"{self.name}.json", self.as_dict())
+        return write_text(Path(folder) / f"{self.name}.md", self.as_markdown() + "\n")
+
+    def card_results(self, name: str, beside: str | None = None) -> list[CardResult]:
+        """Makes the rows of a card of the columns that are meant for one.
+
+        Args:
+            name (`str`):
+                The row of the model that the card is about.
+            beside (`str`, *optional*):
+                The row of what it was made from.
+
+        Returns:
+            `list[CardResult]`: one for every quantity that was measured.
+        """
+        own, other = self.rows[name], self.rows[beside] if beside is not None else {}
+        return [
+            CardResult(column.card, _for_card(own[key], column), _for_card(other.get(key), column), column.metric)
+            for key, column in self.columns.items()
+            if column.card is not None and own.get(key) is not None
+        ]
+
+    def _plain_rows(self) -> list[dict[str, Any]]:
+        return [{"name": name, **values} for name, values in self.rows.items()]
+
+    def _shown(self) -> tuple[list[str], list[list[str]]]:
+        """Heads and cells, the names of the rows first."""
+        keys = dict.fromkeys(key for values in self.rows.values() for key in values)
+        columns = self.columns or {key: Column(key.replace("_", " ")) for key in keys}
+        columns = {key: column for key, column in columns.items() if key in keys}
+        first = next(iter(self.rows.values()), {})
+        cells = [
+            [name]
+            + [
+                column.show(values[key], None if values is first else first.get(key)) if key in values else ""
+                for key, column in columns.items()
+            ]
+            for name, values in self.rows.items()
+        ]
+        return ["", *(column.title for column in columns.values())], cells
+
+    def _texts(self) -> list[str]:
+        head, cells = self._shown()
+        widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
+        lines = [
+            "  ".join(
+                [
+                    line[0].ljust(widths[0]),
+                    *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)),
+                ]
+            )
+            for line in [head, *cells]
+        ]
+        return [text for text in (self.title, "\n".join(line.rstrip() for line in lines) if cells else "") if text]
+
+    def _markdown(self) -> str:
+        head, cells = self._shown()
+        return markdown_table(head, cells)
+
+    def _of_run(self) -> list[str]:
+        run = self.facts.get("run")
+        if not run:
+            return []
+        from .benchmark import one_line
+
+        return [one_line(run)]
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Writes a table in Markdown.
+
+    Args:
+        head (`Sequence[str]`):
+            Names of the columns.
+        rows (`Sequence[Sequence]`):
+            One value per column: numbers with four significant digits, `None` as a dash.
+
+    Returns:
+        `str`: the table, empty without rows.
+    """
+    if not rows:
+        return ""
+    lines = [head, ["---"] * len(head), *([_cell(value) for value in row] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if _is_number(value):
+        return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return str(value).replace("|", r"\|")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _for_card(value: Any, column: Column) -> Any:
+    value = statistics.fmean(value) if isinstance(value, list) else value
+    return value * column.scale if _is_number(value) and column.scale != 1 else value
