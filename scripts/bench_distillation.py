@@ -74,7 +74,7 @@ class Segment:
 
 def main(argv: list[str] | None = None) -> dict[str, object]:
     """Runs the program with the arguments `argv` (the command line's when None) and returns its results."""
-    (args,) = parse_arguments(BenchArguments, argv=argv, prog="hf-effml bench distillation", description=__doc__)
+    (args,) = parse_arguments(BenchArguments, argv=argv, program=__file__, description=__doc__)
     import torch
 
     from hf_effml.distillation.cost import cost_table, published_costs

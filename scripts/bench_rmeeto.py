@@ -47,7 +47,7 @@ OFF, NAIVE, OURS, LOCAL, FREE = "off", "as the official code", "ours", "ours, lo
 
 def main(argv: list[str] | None = None) -> dict[str, object]:
     """Runs the program with the arguments `argv` (the command line's when None) and returns its results."""
-    (args,) = parse_arguments(BenchArguments, argv=argv, prog="hf-effml bench rmeeto", description=__doc__)
+    (args,) = parse_arguments(BenchArguments, argv=argv, program=__file__, description=__doc__)
     if min(*args.batch_sizes, args.threads, args.rounds) < 1 or min(args.r) < 0:
         raise ValueError("`batch_sizes`, `threads` and `rounds` must be at least 1, and `r` at least 0.")
     from hf_effml.utils.benchmark import describe_run, markdown_table, one_line, write_report

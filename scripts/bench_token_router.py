@@ -58,7 +58,7 @@ KEEP = "one-pass router, K/V kept"
 
 def main(argv: list[str] | None = None) -> dict[str, object]:
     """Runs the program with the arguments `argv` (the command line's when None) and returns its results."""
-    (args,) = parse_arguments(BenchArguments, argv=argv, prog="hf-effml bench token-router", description=__doc__)
+    (args,) = parse_arguments(BenchArguments, argv=argv, program=__file__, description=__doc__)
     import torch
 
     from hf_effml.utils.benchmark import describe_run, markdown_table, one_line, write_report

@@ -61,7 +61,7 @@ QUICK = Sizes(tokens=9, channels=8, states=4, lengths=(8, 16), hidden=16, layers
 
 def main(argv: list[str] | None = None) -> dict[str, object]:
     """Runs the program with the arguments `argv` (the command line's when None) and returns its results."""
-    (args,) = parse_arguments(BenchArguments, argv=argv, prog="hf-effml bench vim", description=__doc__)
+    (args,) = parse_arguments(BenchArguments, argv=argv, program=__file__, description=__doc__)
     if min(*args.batch_sizes, args.scan_batch_size, args.threads, args.rounds) < 1:
         raise ValueError("`batch_sizes`, `scan_batch_size`, `threads` and `rounds` must be at least 1.")
     from hf_effml.utils.benchmark import describe_run, markdown_table, one_line, write_report

@@ -34,7 +34,7 @@ class ConvertArguments:
 
 def main(argv: list[str] | None = None) -> dict[str, object]:
     """Runs the program with the arguments `argv` (the command line's when None) and returns its results."""
-    (args,) = parse_arguments(ConvertArguments, argv=argv, prog="hf-effml convert", description=__doc__)
+    (args,) = parse_arguments(ConvertArguments, argv=argv, program=__file__, description=__doc__)
     names = json.loads(Path(args.id2label).read_text(encoding="utf-8")) if args.id2label else None
     from hf_effml.vim.convert_vim import convert_vim_checkpoint
 

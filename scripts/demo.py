@@ -184,7 +184,7 @@ PARTS = (RMeeToDemo, DyVMDemo)
 
 def main(argv: list[str] | None = None) -> dict[str, object]:
     """Runs the program with the arguments `argv` (the command line's when None) and returns its results."""
-    (args,) = parse_arguments(DemoArguments, argv=argv, prog="hf-effml demo", description=__doc__)
+    (args,) = parse_arguments(DemoArguments, argv=argv, program=__file__, description=__doc__)
     began = time.perf_counter()
     print("Loading torch and transformers ...", flush=True)
     import torch

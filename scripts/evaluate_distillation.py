@@ -64,7 +64,7 @@ class EvaluateArguments:
 
 def main(argv: list[str] | None = None) -> dict[str, object]:
     """Runs the program with the arguments `argv` (the command line's when None) and returns its results."""
-    (args,) = parse_arguments(EvaluateArguments, argv=argv, prog="hf-effml evaluate distillation", description=__doc__)
+    (args,) = parse_arguments(EvaluateArguments, argv=argv, program=__file__, description=__doc__)
     import torch
 
     from hf_effml.distillation.evaluation import comparison_rows, cross_architecture, get_protocol

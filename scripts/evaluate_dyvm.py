@@ -63,7 +63,7 @@ class Measurement:
 
 def main(argv: list[str] | None = None) -> dict[str, object]:
     """Runs the program with the arguments `argv` (the command line's when None) and returns its results."""
-    (args,) = parse_arguments(EvaluateArguments, argv=argv, prog="hf-effml evaluate dyvm", description=__doc__)
+    (args,) = parse_arguments(EvaluateArguments, argv=argv, program=__file__, description=__doc__)
     from hf_effml import load_image_data, load_image_processor
 
     processor = load_image_processor(args.model)

@@ -158,7 +158,7 @@ class Measurement:
 
 def main(argv: list[str] | None = None) -> dict[str, object]:
     """Runs the program with the arguments `argv` (the command line's when None) and returns its results."""
-    (args,) = parse_arguments(EvaluateArguments, argv=argv, prog="hf-effml evaluate token-router", description=__doc__)
+    (args,) = parse_arguments(EvaluateArguments, argv=argv, program=__file__, description=__doc__)
     from hf_effml.utils.text_data import load_multiple_choice, load_text, make_windows
 
     model, tokenizer, config, trained = _load(args)

@@ -97,9 +97,8 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
     (args,) = parse_arguments(
         ExperimentArguments,
         argv=argv,
-        prog="scripts/experiment_distillation.py",
+        program=__file__,
         description=__doc__,
-        recipe_prefix="experiment_distillation",
     )
     torch.set_num_threads(1)
     found: dict[str, list[float]] = {}

@@ -79,9 +79,8 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
         ExperimentArguments,
         Augmentation,
         argv=argv,
-        prog="scripts/experiment_dyvm.py",
+        program=__file__,
         description=__doc__,
-        recipe_prefix="experiment_dyvm",
     )
     torch.set_num_threads(1)
     found: dict[tuple[str, float | None], list[dict[str, Any]]] = {}

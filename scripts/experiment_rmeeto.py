@@ -64,9 +64,8 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
         ExperimentArguments,
         Augmentation,
         argv=argv,
-        prog="scripts/experiment_rmeeto.py",
+        program=__file__,
         description=__doc__,
-        recipe_prefix="experiment_rmeeto",
     )
     accuracies: dict[tuple[str, int | None], list[float]] = {}
     models: dict[tuple[str, int | None], VimForImageClassification] = {}

@@ -71,9 +71,8 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
     (args,) = parse_arguments(
         ExperimentArguments,
         argv=argv,
-        prog="scripts/experiment_token_router.py",
+        program=__file__,
         description=__doc__,
-        recipe_prefix="experiment_token_router",
     )
     torch.set_num_threads(1)
     found: dict[tuple[float, str], list[dict[str, Any]]] = {}

@@ -23,7 +23,7 @@ class PushArguments:
 
 def main(argv: list[str] | None = None) -> dict[str, object]:
     """Runs the program with the arguments `argv` (the command line's when None) and returns its results."""
-    (args,) = parse_arguments(PushArguments, argv=argv, prog="hf-effml push", description=__doc__)
+    (args,) = parse_arguments(PushArguments, argv=argv, program=__file__, description=__doc__)
     from hf_effml.hub import push_folder
 
     commit = push_folder(

@@ -16,9 +16,8 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
         SetArguments,
         TrajectoryMatchingTrainingArguments,
         argv=argv,
-        prog="hf-effml train datm",
+        program=__file__,
         description=__doc__,
-        recipe_prefix="datm",
     )
     bank = load_bank(script, args)
     if script.dry_run:

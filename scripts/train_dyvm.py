@@ -49,9 +49,8 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
         Augmentation,
         DyVMTrainingArguments,
         argv=argv,
-        prog="hf-effml train dyvm",
+        program=__file__,
         description=__doc__,
-        recipe_prefix="dyvm",
     )
     vim, data, options = load_start(script, augmentation, args)
     trainer = DyVMTrainer(DyVMForImageClassification.from_vim(vim, **selection.fields()), **options)

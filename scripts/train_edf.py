@@ -41,9 +41,8 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
         MapArguments,
         EDFTrainingArguments,
         argv=argv,
-        prog="hf-effml train edf",
+        program=__file__,
         description=__doc__,
-        recipe_prefix="edf",
     )
     bank = load_bank(script, args)
     if script.dry_run:

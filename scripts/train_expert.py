@@ -67,9 +67,8 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
         CurriculumArguments,
         ExpertTrainingArguments,
         argv=argv,
-        prog="hf-effml train expert",
+        program=__file__,
         description=__doc__,
-        recipe_prefix="expert",
     )
     from hf_effml.distillation.real_images import load_real_images
 

@@ -16,9 +16,8 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
         SetArguments,
         PADTrainingArguments,
         argv=argv,
-        prog="hf-effml train pad",
+        program=__file__,
         description=__doc__,
-        recipe_prefix="pad",
     )
     bank = load_bank(script, args)
     if script.dry_run:

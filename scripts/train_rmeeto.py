@@ -58,9 +58,8 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
         Augmentation,
         RMeeToTrainingArguments,
         argv=argv,
-        prog="hf-effml train rmeeto",
+        program=__file__,
         description=__doc__,
-        recipe_prefix="rmeeto",
     )
     if not merging.merge_r and merging.merge_target_ratio is None:
         raise ValueError("Say how much to merge: `--merge_r 5`, or `--merge_target_ratio 0.3`.")

@@ -77,9 +77,8 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
         RoutingArguments,
         TokenRouterTrainingArguments,
         argv=argv,
-        prog="hf-effml train token-router",
+        program=__file__,
         description=__doc__,
-        recipe_prefix="token_router",
     )
     from transformers import set_seed
 

@@ -48,9 +48,8 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
         Augmentation,
         VimTrainingArguments,
         argv=argv,
-        prog="hf-effml train vim",
+        program=__file__,
         description=__doc__,
-        recipe_prefix="vim",
     )
     from transformers import set_seed
 

@@ -1,7 +1,6 @@
 """The command line: help without torch, all programs and recipes, wrong use in two lines, one object with --json."""
 
 import json
-import re
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -13,21 +12,21 @@ import pytest
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import TrainingArguments
 
+from hf_effml.cli.commands import command_line_of, scripts_folder
 from hf_effml.cli.main import main
-from hf_effml.cli.parsing import UsageError, parse_arguments, run_script, scripts_folder
+from hf_effml.cli.parsing import UsageError, parse_arguments, run_script
+from hf_effml.cli.recipes import read_recipes
 
 
 COMMAND = Path(sys.executable).parent / "hf-effml"
 # Experiments are run by their path only.
 PROGRAMS = sorted(path.stem for path in scripts_folder().glob("[!_]*.py") if not path.stem.startswith("experiment_"))
-RECIPES = sorted((scripts_folder() / "recipes").glob("*.yaml"))
-PER_METHOD = ("train", "evaluate", "bench")
+RECIPES = [(p.stem, name) for p in sorted(scripts_folder().glob("[!_]*.py")) for name in read_recipes(p)]
 
 
 def _words(program: str) -> list[str]:
     """The command that runs a program: `train_rmeeto` is `train rmeeto`, `convert_vim` is `convert`."""
-    verb, _, method = program.partition("_")
-    return [verb, method.replace("_", "-")] if verb in PER_METHOD else [verb]
+    return command_line_of(program).split()[1:]
 
 
 @dataclass
@@ -49,7 +48,7 @@ class Arguments(TrainingArguments):
 
 
 def _parse(*argv: str, types: tuple[type, ...] = (Options,)) -> tuple:
-    return parse_arguments(*types, argv=list(argv), prog="hf-effml try", description="Tries things.")
+    return parse_arguments(*types, argv=list(argv), program="train_try.py", description="Tries things.")
 
 
 @pytest.fixture
@@ -106,9 +105,10 @@ def test_help_of_every_program_fits_a_screen(program, capsys, monkeypatch):
     assert end.value.code == 0
     assert text.startswith(f"usage: hf-effml {' '.join(_words(program))} ")
     assert len(text.splitlines()) <= 60, "more than a screen"
+    assert not program.startswith("train_") or "--output_dir" in text
 
 
-@pytest.mark.parametrize("command", PER_METHOD)
+@pytest.mark.parametrize("command", ["train", "evaluate", "bench"])
 def test_help_of_a_command_describes_its_programs(command, capsys):
     assert main([command, "--help"]) == 0
     text = capsys.readouterr().out
@@ -168,7 +168,7 @@ def test_wrong_arguments(argv, message):
     with pytest.raises(UsageError) as error:
         _parse(*argv)
     assert message in str(error.value)
-    assert str(error.value).endswith("\n`hf-effml try --help` shows how to use it.")
+    assert str(error.value).endswith("\n`hf-effml train try --help` shows how to use it.")
 
 
 @pytest.mark.parametrize(
@@ -191,11 +191,11 @@ class _Parsed(Exception):
     pass
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_parses(recipe, monkeypatch, tmp_path):
-    prefix, name = re.fullmatch(r"((?:experiment_)?(?:token_router|[a-z]+))_(.+)", recipe.stem).groups()
-    assert recipe.read_text().startswith("# "), "the first line says what the recipe is for"
-    program = import_module(f"hf_effml.scripts.{prefix if prefix.startswith('experiment_') else f'train_{prefix}'}")
+@pytest.mark.parametrize("program, name", RECIPES, ids="-".join)
+def test_every_recipe_parses(program, name, monkeypatch, tmp_path):
+    recipe = read_recipes(program)[name]
+    assert recipe["about"].endswith("."), "a sentence on what the recipe is for"
+    program = import_module(f"hf_effml.scripts.{program}")
 
     def parse_and_stop(*types, **options):
         raise _Parsed(parse_arguments(*types, **options))
@@ -204,6 +204,13 @@ def test_every_recipe_parses(recipe, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(_Parsed):
         program.main(["--recipe", name])
+
+
+def test_every_recipe_that_a_recipe_names_exists():
+    for program, name in RECIPES:
+        recipe = read_recipes(program)[name]
+        for key, other in (("start_recipe", "vim"), ("bank_recipe", "expert")):
+            assert recipe.get(key) is None or recipe[key] in read_recipes(other), (program, name)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ import dataclasses
 import inspect
 import shutil
 import textwrap
-from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 
@@ -19,7 +18,11 @@ _COMMON_HELP = (
 
 
 def program_help(
-    prog: str, description: str, dataclass_types: tuple[type, ...], recipes: dict[str, Path], everything: bool
+    prog: str,
+    description: str,
+    dataclass_types: tuple[type, ...],
+    recipes: dict[str, dict[str, Any]],
+    everything: bool,
 ) -> str:
     """Writes the help of a program.
 
@@ -30,7 +33,7 @@ def program_help(
             The program's docstring.
         dataclass_types (`tuple[type, ...]`):
             The dataclasses it fills, their field types resolved.
-        recipes (`dict[str, Path]`):
+        recipes (`dict[str, dict]`):
             Its recipes by name.
         everything (`bool`):
             Whether to show the inherited fields too.
@@ -48,18 +51,18 @@ def program_help(
     hidden = sum(len(_inherited(cls)) for cls in dataclass_types)
     if hidden and not everything:
         sections.append(
-            f"`{prog} --help-all` adds {hidden} inherited options: --output_dir, --seed, --save_strategy ..."
+            f"`{prog} --help-all` adds {hidden} inherited options: --seed, --save_strategy, --logging_steps ..."
         )
     return "\n\n".join(sections)
 
 
-def _recipes_help(recipes: dict[str, Path]) -> str:
+def _recipes_help(recipes: dict[str, dict[str, Any]]) -> str:
     """One line per recipe with what it is for, or the names alone where they are many."""
     if len(recipes) > _MOST_RECIPES:
         return "\n".join(["Recipes", textwrap.indent(textwrap.fill(", ".join(recipes), _width() - 2), "  ")])
     short = {
-        name: textwrap.shorten(_first_comment(path), _width() - 26, placeholder=" ...")
-        for name, path in recipes.items()
+        name: textwrap.shorten(recipe.get("about", ""), _width() - 26, placeholder=" ...")
+        for name, recipe in recipes.items()
     }
     return "\n".join(["Recipes", *(help_line(name, text) for name, text in short.items())])
 
@@ -95,7 +98,8 @@ def _declared(cls: type, by_transformers: bool) -> set[str]:
 
 
 def _inherited(cls: type) -> set[str]:
-    return {field.name for field in _options(cls)} & _declared(cls, by_transformers=True)
+    """What `--help-all` adds; where a program writes is for everybody."""
+    return {field.name for field in _options(cls)} & _declared(cls, by_transformers=True) - {"output_dir"}
 
 
 def _group_help(cls: type, fields: list[dataclasses.Field], everything: bool) -> str:
@@ -119,7 +123,7 @@ def _label(field: dataclasses.Field) -> str:
 
 
 def _describe(field: dataclasses.Field) -> str:
-    text = field.metadata.get("help", "")
+    text = "Folder to write." if field.name == "output_dir" else field.metadata.get("help", "")
     if get_origin(field.type) is Literal:
         text += f" One of: {', '.join(map(str, get_args(field.type)))}."
     default = _default(field)
@@ -132,8 +136,3 @@ def _default(field: dataclasses.Field) -> Any:
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
     return getattr(field.default, "value", field.default)
-
-
-def _first_comment(path: Path) -> str:
-    line = path.read_text(encoding="utf-8").partition("\n")[0]
-    return line.removeprefix("#").strip() if line.startswith("#") else ""

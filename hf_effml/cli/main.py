@@ -3,7 +3,7 @@
 import argparse
 import ast
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -11,39 +11,9 @@ from typing import Any
 from hf_effml import __version__
 from hf_effml.methods import METHODS, VIM, Method, get_method
 
+from .commands import GROUPS, Command, existing_commands, programs_of
 from .help_text import help_line
-from .parsing import UsageError, did_you_mean, run_script, scripts_folder
-
-
-@dataclass(frozen=True)
-class _Command:
-    """One line of the help: `script` is the program's file name, or its beginning when there is one per method."""
-
-    usage: str
-    help: str
-    script: str = ""
-
-    @property
-    def per_method(self) -> bool:
-        return self.script.endswith("_")
-
-
-_GROUPS = {
-    "look": {
-        "methods": _Command("[METHOD]", "the seven methods: what each does, its classes, its paper"),
-        "env": _Command("", "versions, optional parts, what is missing or broken"),
-    },
-    "use": {
-        "demo": _Command("", "train, merge and compare on this machine, without a download", "demo"),
-        "train": _Command("METHOD", "train or re-train", "train_"),
-        "evaluate": _Command("METHOD", "accuracy, size and speed next to the starting point", "evaluate_"),
-        "bench": _Command("METHOD", "time, memory and FLOPs on this machine", "bench_"),
-    },
-    "data and sharing": {
-        "convert": _Command("SOURCE OUT", "official checkpoint -> folder for from_pretrained", "convert_vim"),
-        "push": _Command("FOLDER REPO", "upload a folder with its card", "push"),
-    },
-}
+from .parsing import UsageError, did_you_mean, run_script
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -56,12 +26,24 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         `int`: 0 done, 1 failed, 2 wrong use.
     """
-    return run_script(_dispatch, argv)
+    return run_script(run_command, argv)
 
 
-def _dispatch(argv: list[str] | None) -> dict[str, Any] | None:
+def run_command(argv: list[str] | None) -> dict[str, Any] | None:
+    """Runs a command inside of this process, so that a program can use what another one makes.
+
+    Args:
+        argv (`list[str]` or `None`):
+            The command and its arguments, for example `["train", "vim", "--recipe", "smoke"]`.
+
+    Returns:
+        `dict` or `None`: what the command's program found, JSON-plain.
+
+    Raises:
+        UsageError: If there is no such command or program.
+    """
     name, *rest = argv or ["--help"]
-    commands = _existing_commands()
+    commands = existing_commands()
     if name in ("--help", "-h"):
         print(_overview(commands))
         return None
@@ -76,25 +58,13 @@ def _dispatch(argv: list[str] | None) -> dict[str, Any] | None:
         raise UsageError(f"`{name}` is no command{did_you_mean(name, commands)}", "hf-effml")
     script = commands[name].script
     if commands[name].per_method:
-        programs = _programs(script)
+        programs = programs_of(script)
         keyword, *rest = rest or [""]
         if keyword in ("--help", "-h"):
             print(_programs_help(name, programs))
             return None
         script = _choose(name, keyword, programs).stem
     return import_module(f"hf_effml.scripts.{script}").main(rest)
-
-
-def _existing_commands() -> dict[str, _Command]:
-    """The built-in commands and those with a program in the scripts folder."""
-    commands = {name: command for group in _GROUPS.values() for name, command in group.items()}
-    folder = scripts_folder()
-    return {n: c for n, c in commands.items() if not c.script or any(folder.glob(f"{c.script}*.py"))}
-
-
-def _programs(prefix: str) -> dict[str, Path]:
-    paths = sorted(scripts_folder().glob(f"{prefix}*.py"))
-    return {path.stem.removeprefix(prefix).replace("_", "-"): path for path in paths}
 
 
 def _choose(command: str, keyword: str, programs: dict[str, Path]) -> Path:
@@ -108,15 +78,15 @@ def _choose(command: str, keyword: str, programs: dict[str, Path]) -> Path:
     raise UsageError(f"`{keyword}` is no method of `{prog}` ({known}){did_you_mean(keyword, programs)}", prog)
 
 
-def _overview(commands: dict[str, _Command]) -> str:
+def _overview(commands: dict[str, Command]) -> str:
     lines = ["usage: hf-effml <command> [options]", "", "Efficient-ML methods as Hugging Face components.", ""]
-    for group, members in _GROUPS.items():
+    for group, members in GROUPS.items():
         lines.append(group)
         for name, command in members.items():
             if name in commands:
                 text = command.help
                 if command.per_method:
-                    text += f": {', '.join(_programs(command.script))}"
+                    text += f": {', '.join(programs_of(command.script))}"
                 lines.append(help_line(f"{name} {command.usage}", text))
     lines += ["", "`hf-effml <command> --help` shows the options; every command takes --json."]
     return "\n".join(lines)

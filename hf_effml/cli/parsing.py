@@ -9,13 +9,14 @@ import traceback
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext, redirect_stdout
 from difflib import get_close_matches
-from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
 from hf_effml.utils.imports import explain_failed_import
 
+from .commands import command_line_of
 from .help_text import COMMON_OPTIONS, program_help
+from .recipes import read_recipes, recipe_file
 
 
 # Errors that the user can mend; everything else is a failure of the program.
@@ -37,42 +38,42 @@ class UsageError(ValueError):
 
 
 def parse_arguments(
-    *dataclass_types: type, argv: list[str] | None, prog: str, description: str, recipe_prefix: str | None = None
+    *dataclass_types: type, argv: list[str] | None, program: str, description: str | None
 ) -> tuple[Any, ...]:
     """Fills dataclasses from their defaults, a recipe, a configuration file and the command line, later ones winning.
 
     Every field becomes an option with its help text; a field with `metadata={"positional": True}` becomes a positional
     argument. `--help` shows the fields which classes of ours declare, `--help-all` also those inherited from
-    `TrainingArguments`. Recipes are `scripts/recipes/<recipe_prefix>_<NAME>.yaml`: flat, keyed by the names of the
-    fields, with one sentence as a comment in the first line.
+    `TrainingArguments`. The program's name and its recipes follow from its file, see
+    [`~hf_effml.cli.commands.command_line_of`] and [`~hf_effml.cli.recipes.read_recipes`].
 
     Args:
         dataclass_types (`type`):
             The dataclasses to fill, the program's own first.
         argv (`list[str]` or `None`):
             The arguments; `None` takes those of the process.
-        prog (`str`):
-            The command as typed, for example `"hf-effml train rmeeto"`.
+        program (`str`):
+            The program's `__file__`.
         description (`str`):
-            The program's docstring; `--help` begins with it.
-        recipe_prefix (`str`, *optional*):
-            Which recipes belong to the program; without it there are none.
+            The program's `__doc__`; `--help` begins with it.
 
     Returns:
         `tuple`: one instance per dataclass, in order.
     """
+    prog = command_line_of(program)
     parser = _dataclass_parser(dataclass_types, prog)
     common, arguments = _common_parser(prog).parse_known_args(sys.argv[1:] if argv is None else argv)
-    recipes = _recipes(recipe_prefix)
+    recipes = read_recipes(program)
     if common.help or common.help_all:
-        print(program_help(prog, description, dataclass_types, recipes, everything=common.help_all))
+        print(program_help(prog, description or "", dataclass_types, recipes, everything=common.help_all))
         raise SystemExit(0)
     fields = {field.name: field for cls in dataclass_types for field in dataclasses.fields(cls) if field.init}
     settings: dict[str, Any] = {}
     if common.recipe is not None:
         if common.recipe not in recipes:
             raise UsageError(f"`{common.recipe}` is no recipe; there are: {', '.join(recipes) or 'none'}.", prog)
-        settings |= _read_settings(recipes[common.recipe], fields, prog)
+        recipe = {name: value for name, value in recipes[common.recipe].items() if name != "about"}
+        settings |= _check_settings(recipe, recipe_file(program), fields, prog)
     if common.config is not None:
         settings |= _read_settings(Path(common.config), fields, prog)
     values = _convert(parser, fields, settings, arguments)
@@ -112,15 +113,6 @@ def run_script(main: Callable[[list[str] | None], dict[str, Any] | None], argv: 
     if as_json:
         print(json.dumps(results or {}))
     return code
-
-
-def scripts_folder() -> Path:
-    """Says where the programs and their recipes are installed.
-
-    Returns:
-        `Path`: the folder of `hf_effml.scripts`.
-    """
-    return Path(str(import_module("hf_effml.scripts").__file__)).parent
 
 
 def did_you_mean(name: str, valid: Iterable[str]) -> str:
@@ -171,13 +163,6 @@ def _common_parser(prog: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _recipes(prefix: str | None) -> dict[str, Path]:
-    if prefix is None:
-        return {}
-    paths = sorted((scripts_folder() / "recipes").glob(f"{prefix}_*.yaml"))
-    return {path.stem.removeprefix(f"{prefix}_"): path for path in paths}
-
-
 def _read_settings(path: Path, fields: dict[str, dataclasses.Field], prog: str) -> dict[str, Any]:
     import yaml
 
@@ -187,6 +172,12 @@ def _read_settings(path: Path, fields: dict[str, dataclasses.Field], prog: str) 
         raise UsageError(f"`{path}` is not valid YAML: {' '.join(str(error).split())}", prog) from error
     if not isinstance(settings, dict):
         raise UsageError(f"`{path}` must map names of options to values; got a {type(settings).__name__}.", prog)
+    return _check_settings(settings, path, fields, prog)
+
+
+def _check_settings(
+    settings: dict[str, Any], path: Path, fields: dict[str, dataclasses.Field], prog: str
+) -> dict[str, Any]:
     for key in map(str, settings):
         if key not in fields:
             raise UsageError(f"`{key}` in `{path.name}` is no option{did_you_mean(key, fields)}", prog)

@@ -1,7 +1,6 @@
 """The programs around Vim, R-MeeTo and DyVM: train, re-train, evaluate, experiment, demo."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +8,6 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForImageClassification
 
 from helpers import require_package, run_python
-from hf_effml.cli.parsing import parse_arguments
 from hf_effml.scripts import (
     demo,
     evaluate_dyvm,
@@ -22,46 +20,8 @@ from hf_effml.scripts import (
 )
 
 
-RECIPES = Path(train_vim.__file__).parent / "recipes"
-PROGRAMS = {
-    "vim": (train_vim.VimScriptArguments, train_vim.Augmentation, train_vim.VimTrainingArguments),
-    "rmeeto": (
-        train_rmeeto.StartArguments,
-        train_rmeeto.MergeArguments,
-        train_rmeeto.Augmentation,
-        train_rmeeto.RMeeToTrainingArguments,
-    ),
-    "dyvm": (
-        train_dyvm.StartArguments,
-        train_dyvm.SelectionArguments,
-        train_dyvm.Augmentation,
-        train_dyvm.DyVMTrainingArguments,
-    ),
-    "experiment_rmeeto": (experiment_rmeeto.ExperimentArguments, experiment_rmeeto.Augmentation),
-    "experiment_dyvm": (experiment_dyvm.ExperimentArguments, experiment_dyvm.Augmentation),
-}
 SMALL = ["--max_steps", "2", "--per_device_train_batch_size", "4", "--use_cpu", "--save_strategy", "no"]
 TINY = ["--image_size", "16", "--patch_size", "4", "--hidden_size", "16", "--num_hidden_layers", "4"]
-
-
-@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
-def test_recipes_parse(path):
-    prefix = max((prefix for prefix in PROGRAMS if path.stem.startswith(prefix)), key=len, default=None)
-    if prefix is None:
-        pytest.skip("a recipe of another program")
-    name = path.stem.removeprefix(f"{prefix}_")
-    parsed = parse_arguments(
-        *PROGRAMS[prefix], argv=["--recipe", name], prog="test", description="", recipe_prefix=prefix
-    )
-    assert len(parsed) == len(PROGRAMS[prefix])
-    assert path.read_text().startswith("# ")
-
-
-def test_every_start_recipe_exists():
-    for path in (*RECIPES.glob("rmeeto_*.yaml"), *RECIPES.glob("dyvm_*.yaml")):
-        for line in path.read_text().splitlines():
-            if line.startswith("start_recipe: "):
-                assert (RECIPES / f"vim_{line.partition(': ')[2]}.yaml").exists(), path
 
 
 @pytest.fixture(scope="module")
