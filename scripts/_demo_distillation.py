@@ -35,7 +35,7 @@ def distil_digits(out: Path, seed: int) -> tuple[list[dict[str, Any]], Path]:
         score_difficulty,
     )
     from hf_effml.distillation.difficulty import easy_to_hard
-    from hf_effml.distillation.evaluation import get_protocol
+    from hf_effml.distillation.evaluation.protocols import get_protocol
 
     data = load_real_images("digits", whiten=False, seed=seed)
     config = ConvNetConfig(

@@ -15,7 +15,7 @@ from hf_effml import (
     estimate_cost,
     evaluate_distilled,
 )
-from hf_effml.distillation.evaluation import get_protocol
+from hf_effml.distillation.evaluation.protocols import get_protocol
 from hf_effml.distillation.real_images import reload_real_images
 from hf_effml.hub import CardResult
 from hf_effml.utils.benchmark import markdown_table

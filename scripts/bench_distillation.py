@@ -231,7 +231,7 @@ def _bench_bank(args: BenchArguments) -> list[dict[str, Any]]:
     import torch
 
     from hf_effml.distillation import ConvNetConfig, TrajectoryBank, build_student
-    from hf_effml.distillation.bank_files import write_bank, write_expert
+    from hf_effml.distillation.bank.files import write_bank, write_expert
     from hf_effml.utils.benchmark import compare
 
     config = ConvNetConfig(id2label=dict(enumerate("0123456789")))

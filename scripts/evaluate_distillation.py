@@ -17,9 +17,9 @@ from hf_effml.cli.parsing import parse_arguments, run_script
 
 
 if TYPE_CHECKING:
-    from hf_effml.distillation.evaluation import EvaluationReport
+    from hf_effml.distillation.bank.trajectories import TrajectoryBank
+    from hf_effml.distillation.evaluation.report import EvaluationReport
     from hf_effml.distillation.real_images import RealImageData
-    from hf_effml.distillation.trajectory_bank import TrajectoryBank
     from hf_effml.hub import CardResult
 
 
@@ -67,8 +67,10 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
     (args,) = parse_arguments(EvaluateArguments, argv=argv, program=__file__, description=__doc__)
     import torch
 
-    from hf_effml.distillation.evaluation import comparison_rows, cross_architecture, get_protocol
-    from hf_effml.distillation.publishing import load_distilled
+    from hf_effml.distillation.evaluation.measure import cross_architecture
+    from hf_effml.distillation.evaluation.protocols import get_protocol
+    from hf_effml.distillation.evaluation.report import comparison_rows
+    from hf_effml.distillation.publishing.sets import load_distilled
     from hf_effml.utils.benchmark import describe_run, markdown_table, write_report
     from hf_effml.utils.imports import usable
 
@@ -219,7 +221,7 @@ def card_results(reports: "Sequence[EvaluationReport]") -> "list[CardResult]":
 
 def _load_bank(args: EvaluateArguments, recorded: str | None) -> "TrajectoryBank | None":
     """The bank asked for, or the one that the set names if it can be found."""
-    from hf_effml.distillation.trajectory_bank import TrajectoryBank
+    from hf_effml.distillation.bank.trajectories import TrajectoryBank
 
     if args.bank is not None:
         return TrajectoryBank.from_pretrained(args.bank)

@@ -32,8 +32,8 @@ from hf_effml import (
 )
 from hf_effml.cli.parsing import parse_arguments, run_script
 from hf_effml.distillation.difficulty import easy_to_hard
-from hf_effml.distillation.evaluation import get_protocol
-from hf_effml.distillation.students import student_by_name
+from hf_effml.distillation.evaluation.protocols import get_protocol
+from hf_effml.distillation.evaluation.students import student_by_name
 from hf_effml.utils.benchmark import describe_run, markdown_table, write_report
 
 

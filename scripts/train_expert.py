@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedConfig
 
+    from hf_effml.distillation.bank.trajectories import TrajectoryBank
     from hf_effml.distillation.pad import DataCurriculum
     from hf_effml.distillation.real_images import RealImageData
-    from hf_effml.distillation.trajectory_bank import TrajectoryBank
 
 
 @dataclass
@@ -116,7 +116,7 @@ def network_config(script: ExpertDataArguments, data: "RealImageData") -> "PreTr
     """
     from transformers import PreTrainedConfig
 
-    from hf_effml.distillation.students import student_by_name
+    from hf_effml.distillation.evaluation.students import student_by_name
 
     channels, height, width = data.train.images.shape[1:]
     names = dict(enumerate(data.label_names))

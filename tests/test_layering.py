@@ -30,6 +30,8 @@ PORTABLE_FILES = {
         "unroll",
     )
 }
+# A room of distillation may import those before it; what lies flat imports none of them.
+DISTILLATION_ROOMS = ("bank", "evaluation", "publishing")
 PORTABLE_PACKAGES = {"PIL", "huggingface_hub", "numpy", "safetensors", "torch", "transformers"}
 # `vision` is what the trainers of image models share beyond the card: mixup, moving average; PAD and EDF are
 # trajectory matching with a filter more.
@@ -97,6 +99,16 @@ def test_layers(path):
 def test_trainers_share_only_their_bases(path):
     others = {name for name, _, _ in _imports(path) if name.startswith("hf_effml.trainers")}
     assert path.stem == "__init__" or others <= TRAINER_BASES, others
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "hf_effml" / "distillation").rglob("*.py")), ids=_identifier)
+def test_rooms_of_distillation(path):
+    room = path.parent.name
+    order = ("distillation", *DISTILLATION_ROOMS)
+    later = set(order[order.index(room) + 1 :])
+    imported = {name.split(".")[2] for name, _, _ in _imports(path) if name.startswith("hf_effml.distillation.")}
+    # The front door lists what all of them offer.
+    assert path.name == "__init__.py" or not imported & later, imported
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "hf_effml" / "cli").glob("*.py")), ids=_identifier)

@@ -16,16 +16,16 @@ from torch.optim import SGD
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
-from hf_effml.distillation.bank_files import write_expert
-from hf_effml.distillation.bank_folder import BankFolder
+from hf_effml.distillation.bank.experts import ExpertRun, describe_data, some_images, trainable_config
+from hf_effml.distillation.bank.files import write_expert
+from hf_effml.distillation.bank.folder import BankFolder
+from hf_effml.distillation.bank.trajectories import TrajectoryBank
 from hf_effml.distillation.differentiable_augmentation import AugmentationSettings
-from hf_effml.distillation.expert_training import ExpertRun, describe_data, some_images, trainable_config
+from hf_effml.distillation.evaluation.training import accuracy
 from hf_effml.distillation.flat_student import build_student, seed_from
 from hf_effml.distillation.gsam import GSAM
 from hf_effml.distillation.pad import DataCurriculum
 from hf_effml.distillation.real_images import RealImageData, RealImages
-from hf_effml.distillation.student_training import accuracy
-from hf_effml.distillation.trajectory_bank import TrajectoryBank
 
 
 __all__ = ["ExpertTrainer", "ExpertTrainingArguments"]

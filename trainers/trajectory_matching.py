@@ -13,16 +13,17 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.utils import logging
 
-from hf_effml.distillation.distillation_info import describe_distillation, peak_memory_so_far
-from hf_effml.distillation.evaluation import evaluate_distilled, get_protocol
+from hf_effml.distillation.bank.segments import TrajectorySegments, collate_segments
+from hf_effml.distillation.bank.trajectories import TrajectoryBank
+from hf_effml.distillation.evaluation.measure import evaluate_distilled
+from hf_effml.distillation.evaluation.protocols import get_protocol
+from hf_effml.distillation.evaluation.training_sets import as_training_set
 from hf_effml.distillation.flat_student import FlatStudent, build_student, seed_from
 from hf_effml.distillation.matching import MatchingSettings
 from hf_effml.distillation.modeling_distilled_dataset import DistilledDatasetModel
-from hf_effml.distillation.pictures import image_grid, save_curves
-from hf_effml.distillation.publishing import save_distilled_dataset
-from hf_effml.distillation.training_sets import as_training_set
-from hf_effml.distillation.trajectory_bank import TrajectoryBank
-from hf_effml.distillation.trajectory_segments import TrajectorySegments, collate_segments
+from hf_effml.distillation.publishing.description import describe_distillation, peak_memory_so_far
+from hf_effml.distillation.publishing.pictures import image_grid, save_curves
+from hf_effml.distillation.publishing.sets import save_distilled_dataset
 from hf_effml.distillation.unroll import StudentDerivatives
 from hf_effml.hub import push_folder, write_dataset_card
 from hf_effml.hub.privacy import scrub, scrub_command
@@ -32,7 +33,7 @@ from .base import EffMLTrainer, _changed_arguments, _command_line
 
 
 if TYPE_CHECKING:
-    from hf_effml.distillation.evaluation import EvaluationReport
+    from hf_effml.distillation.evaluation.report import EvaluationReport
     from hf_effml.distillation.real_images import RealImages
 
 logger = logging.get_logger(__name__)
@@ -214,7 +215,7 @@ class TrajectoryMatchingTrainingArguments(TrainingArguments):
         """How evaluations train a student.
 
         Returns:
-            [`~hf_effml.distillation.evaluation.EvaluationProtocol`]
+            [`~hf_effml.distillation.evaluation.protocols.EvaluationProtocol`]
         """
         return get_protocol(self.eval_protocol, **({"epochs": self.eval_epochs} if self.eval_epochs else {}))
 

@@ -3,26 +3,29 @@
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
+from .bank.convert import export_pickled_bank, import_distilled_tensors, import_pickled_bank
+from .bank.initialization import distilled_from_real
+from .bank.trajectories import TrajectoryBank
 from .class_activation import class_activation_map
 from .configuration_convnet import ConvNetConfig
 from .configuration_distilled_dataset import DistilledDatasetConfig
-from .convert_bank import export_pickled_bank, import_distilled_tensors, import_pickled_bank
 from .convert_convnet import convert_convnet_checkpoint
 from .cost import CostEstimate, estimate_cost
 from .differentiable_augmentation import AugmentationSettings, augment, draw_augmentation
 from .difficulty import score_difficulty
-from .evaluation import EvaluationProtocol, EvaluationReport, TrainingSet, cross_architecture, evaluate_distilled
+from .evaluation.measure import cross_architecture, evaluate_distilled
+from .evaluation.protocols import EvaluationProtocol
+from .evaluation.report import EvaluationReport
+from .evaluation.training_sets import TrainingSet
 from .flat_student import FlatStudent, build_student
 from .gsam import GSAM
 from .image_processing_zca import ZCAImageProcessor
-from .initialization import distilled_from_real
 from .matching import MatchingSettings, match_segment
 from .modeling_convnet import ConvNetForImageClassification
 from .modeling_distilled_dataset import DistilledDatasetModel
 from .pad import DataCurriculum
-from .publishing import DistilledSet, load_distilled, save_distilled_dataset, to_dataset
+from .publishing.sets import DistilledSet, load_distilled, save_distilled_dataset, to_dataset
 from .real_images import RealImageData, RealImages, load_real_images
-from .trajectory_bank import TrajectoryBank
 
 
 AutoConfig.register(ConvNetConfig.model_type, ConvNetConfig, exist_ok=True)

@@ -61,7 +61,7 @@ def difficulty_from_logits(
 
     ```python
     >>> import torch
-    >>> from hf_effml.distillation.pad import difficulty_from_logits
+    >>> from hf_effml.distillation.difficulty import difficulty_from_logits
 
     >>> logits = torch.tensor([[[4.0, 0.0], [0.0, 4.0]]])
     >>> difficulty_from_logits(logits, torch.tensor([0, 0]))
@@ -268,7 +268,7 @@ def easy_to_hard(scores: Tensor, labels: Tensor, num_labels: int | None = None) 
 
     ```python
     >>> import torch
-    >>> from hf_effml.distillation.pad import easy_to_hard
+    >>> from hf_effml.distillation.difficulty import easy_to_hard
 
     >>> easy_to_hard(torch.tensor([0.3, 0.9, 0.1, 0.2]), torch.tensor([0, 1, 1, 0]))
     [tensor([3, 0]), tensor([2, 1])]

@@ -9,14 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .difficulty import (
-    check_order,
-    difficulty_from_logits,
-    easy_to_hard,
-    order_from_table,
-    read_order_file,
-    score_difficulty,
-)
+from .difficulty import check_order
 
 
 __all__ = [
@@ -24,11 +17,6 @@ __all__ = [
     "DataCurriculum",
     "depth_report",
     "describe_depth",
-    "difficulty_from_logits",
-    "easy_to_hard",
-    "order_from_table",
-    "read_order_file",
-    "score_difficulty",
 ]
 
 

@@ -7,12 +7,8 @@ import pytest
 import torch
 
 from helpers import assert_close
+from hf_effml.distillation.bank.convert import export_pickled_bank, import_distilled_tensors, import_pickled_bank
 from hf_effml.distillation.configuration_convnet import ConvNetConfig
-from hf_effml.distillation.convert_bank import (
-    export_pickled_bank,
-    import_distilled_tensors,
-    import_pickled_bank,
-)
 from hf_effml.distillation.flat_student import FlatStudent, build_student
 from hf_effml.distillation.image_processing_zca import ZCAImageProcessor
 from hf_effml.distillation.real_images import RealImageData, RealImages

@@ -21,10 +21,10 @@ from hf_effml import (
     TrajectoryMatchingTrainingArguments,
 )
 from hf_effml.distillation import matching
-from hf_effml.distillation.bank_files import write_bank, write_expert
+from hf_effml.distillation.bank.files import write_bank, write_expert
+from hf_effml.distillation.bank.initialization import average_correct_logits
 from hf_effml.distillation.differentiable_augmentation import AugmentationDraw, AugmentationSettings
 from hf_effml.distillation.flat_student import FlatStudent, build_student
-from hf_effml.distillation.initialization import average_correct_logits
 from hf_effml.distillation.matching import MatchingSettings, kept_entries, match_segment
 from hf_effml.distillation.unroll import InnerStep, StudentDerivatives, soft_cross_entropy, unroll
 from hf_effml.trainers.trajectory_matching import TrajectorySegments

@@ -8,13 +8,7 @@ from safetensors.torch import load_file
 from transformers import ViTImageProcessorPil
 
 from helpers import assert_close, require_package
-from hf_effml.distillation.edf import (
-    IMAGENET_SUBSETS,
-    area_weights,
-    constant_maps,
-    for_map_network,
-    map_class_ids,
-)
+from hf_effml.distillation.edf import IMAGENET_SUBSETS, area_weights, constant_maps, for_map_network, map_class_ids
 from hf_effml.distillation.image_processing_zca import ZCAImageProcessor
 
 

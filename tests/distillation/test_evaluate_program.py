@@ -9,8 +9,8 @@ from PIL import Image
 from helpers import require_package
 from hf_effml import ConvNetConfig, DistilledDatasetModel
 from hf_effml.cli.parsing import run_script
-from hf_effml.distillation.initialization import distilled_from_real
-from hf_effml.distillation.publishing import save_distilled_dataset
+from hf_effml.distillation.bank.initialization import distilled_from_real
+from hf_effml.distillation.publishing.sets import save_distilled_dataset
 from hf_effml.distillation.real_images import load_real_images
 from hf_effml.hub import CardResult, write_dataset_card, write_model_card
 from hf_effml.scripts import evaluate_distillation
@@ -139,7 +139,9 @@ def test_the_bank_that_the_set_names(made, tmp_path, capsys):
 )
 def test_wrong_use_ends_with_two_lines(made, argv, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("hf_effml.distillation.evaluation.train_student", lambda *_: pytest.fail("it trained first"))
+    monkeypatch.setattr(
+        "hf_effml.distillation.evaluation.measure.train_student", lambda *_: pytest.fail("it trained first")
+    )
     assert run_script(main, [word.format(**vars(made)) for word in argv]) == 2
     lines = [line for line in capsys.readouterr().err.strip().splitlines() if not line.startswith("Loading weights")]
     assert len(lines) == 2 and lines[0].startswith("error: ") and message in lines[0]

@@ -9,31 +9,23 @@ import torch
 
 from helpers import assert_close, require_package
 from hf_effml import ConvNetConfig, DistilledDatasetConfig, DistilledDatasetModel
-from hf_effml.distillation import evaluation
-from hf_effml.distillation.bank_files import write_bank, write_expert
+from hf_effml.distillation.bank.files import write_bank, write_expert
+from hf_effml.distillation.bank.trajectories import TrajectoryBank
 from hf_effml.distillation.differentiable_augmentation import AugmentationSettings
-from hf_effml.distillation.evaluation import (
-    EvaluationReport,
-    MeasuredAccuracy,
-    TrainingSet,
-    accuracy,
-    as_training_set,
-    comparison_rows,
-    cross_architecture,
-    evaluate_distilled,
-    get_protocol,
-    random_real_images,
-    train_student,
-)
-from hf_effml.distillation.flat_student import FlatStudent, build_student
-from hf_effml.distillation.ranking import (
+from hf_effml.distillation.evaluation import measure
+from hf_effml.distillation.evaluation.measure import cross_architecture, evaluate_distilled
+from hf_effml.distillation.evaluation.protocols import get_protocol
+from hf_effml.distillation.evaluation.ranking import (
     augmentation_robust_score,
     hard_label_recovery,
     improvement_over_random,
     label_robust_score,
 )
+from hf_effml.distillation.evaluation.report import EvaluationReport, MeasuredAccuracy, comparison_rows
+from hf_effml.distillation.evaluation.training import accuracy, train_student
+from hf_effml.distillation.evaluation.training_sets import TrainingSet, as_training_set, random_real_images
+from hf_effml.distillation.flat_student import FlatStudent, build_student
 from hf_effml.distillation.real_images import RealImages
-from hf_effml.distillation.trajectory_bank import TrajectoryBank
 from hf_effml.utils.benchmark import markdown_table
 
 
@@ -94,7 +86,7 @@ def trainings(monkeypatch):
         seen.append(SimpleNamespace(set=training_set, protocol=protocol, seed=seed, teacher=teacher))
         return train_student(training_set, student, replace(protocol, epochs=1), seed, device, teacher, disable_tqdm)
 
-    monkeypatch.setattr(evaluation, "train_student", record)
+    monkeypatch.setattr(measure, "train_student", record)
     return seen
 
 
@@ -369,6 +361,6 @@ def test_cross_architecture(distilled, bank):
 )
 def test_what_does_not_fit_is_refused_at_once(distilled, change, options, message, monkeypatch):
     if "learning" not in str(change) and change != {"soft_labels": None}:
-        monkeypatch.setattr(evaluation, "train_student", lambda *_: pytest.fail("it trained first"))
+        monkeypatch.setattr(measure, "train_student", lambda *_: pytest.fail("it trained first"))
     with pytest.raises(ValueError, match=message):
         evaluate_distilled(distilled._replace(**change), CONFIG, TEST, **options)

@@ -5,14 +5,14 @@ import torch
 
 from helpers import assert_close
 from hf_effml import ConvNetConfig, ExpertTrainer, ExpertTrainingArguments, distilled_from_real
-from hf_effml.distillation import initialization
-from hf_effml.distillation.flat_student import FlatStudent, build_student
-from hf_effml.distillation.image_processing_zca import ZCAImageProcessor
-from hf_effml.distillation.initialization import (
+from hf_effml.distillation.bank import initialization
+from hf_effml.distillation.bank.initialization import (
     average_correct_logits,
     select_real_images,
     soft_labels_from_experts,
 )
+from hf_effml.distillation.flat_student import FlatStudent, build_student
+from hf_effml.distillation.image_processing_zca import ZCAImageProcessor
 from hf_effml.distillation.real_images import RealImageData, RealImages
 
 

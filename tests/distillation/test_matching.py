@@ -11,13 +11,7 @@ from hf_effml import ConvNetConfig
 from hf_effml.distillation import matching
 from hf_effml.distillation.differentiable_augmentation import AugmentationSettings
 from hf_effml.distillation.flat_student import FlatStudent, build_student
-from hf_effml.distillation.matching import (
-    MatchingSettings,
-    kept_entries,
-    match_segment,
-    match_segments,
-    matching_loss,
-)
+from hf_effml.distillation.matching import MatchingSettings, kept_entries, match_segment, match_segments, matching_loss
 from hf_effml.distillation.unroll import StudentDerivatives, plan_steps
 
 

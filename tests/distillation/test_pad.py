@@ -9,8 +9,9 @@ from safetensors.torch import load_file
 
 from helpers import assert_close
 from hf_effml.distillation.configuration_convnet import ConvNetConfig
+from hf_effml.distillation.difficulty import difficulty_from_logits
 from hf_effml.distillation.flat_student import FlatStudent, build_student
-from hf_effml.distillation.pad import DataCurriculum, depth_report, describe_depth, difficulty_from_logits
+from hf_effml.distillation.pad import DataCurriculum, depth_report, describe_depth
 
 
 VECTORS = Path(__file__).parents[1] / "vectors" / "distillation" / "difficulty.safetensors"

@@ -7,7 +7,7 @@ from PIL import Image
 
 from helpers import require_package
 from hf_effml import ZCAImageProcessor
-from hf_effml.distillation.pictures import image_grid, map_grid, save_curves, to_pictures
+from hf_effml.distillation.publishing.pictures import image_grid, map_grid, save_curves, to_pictures
 from hf_effml.utils.plotting import plot_curves
 
 

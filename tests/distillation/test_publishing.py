@@ -23,9 +23,10 @@ from hf_effml import (
     to_dataset,
 )
 from hf_effml.distillation.differentiable_augmentation import AugmentationSettings
-from hf_effml.distillation.distillation_info import describe_distillation
-from hf_effml.distillation.evaluation import TrainingSet, evaluate_distilled
-from hf_effml.distillation.publishing import INFO_NAME, check_distilled
+from hf_effml.distillation.evaluation.measure import evaluate_distilled
+from hf_effml.distillation.evaluation.training_sets import TrainingSet
+from hf_effml.distillation.publishing.description import describe_distillation
+from hf_effml.distillation.publishing.sets import INFO_NAME, check_distilled
 from hf_effml.distillation.real_images import RealImages
 from hf_effml.hub import add_evaluations, dataset_cards, push, render_dataset_card, write_dataset_card
 from hf_effml.hub.push import check_folder
@@ -247,7 +248,7 @@ def reports(seeds=(0, 1)):
     real, test = (RealImages(torch.randn(8, 3, 8, 8, generator=generator), torch.arange(8) % 2, NAMES) for _ in "ab")
     config = ConvNetConfig(image_size=8, depth=1, hidden_size=2)
     options = {"real": real, "draws": 1, "full_epochs": 1, "disable_tqdm": True, "seeds": seeds}
-    from hf_effml.distillation.protocols import get_protocol
+    from hf_effml.distillation.evaluation.protocols import get_protocol
 
     return [evaluate_distilled(make_model(), config, test, protocol=get_protocol("tm", epochs=2), **options)]
 
@@ -390,7 +391,7 @@ def test_what_is_refused(folder, name, content, remark):
 
 def test_trainer_writes_the_set(expert_bank, tmp_path):
     require_package("datasets")
-    from hf_effml.distillation.initialization import distilled_from_real
+    from hf_effml.distillation.bank.initialization import distilled_from_real
     from hf_effml.trainers.trajectory_matching import TrajectoryMatchingTrainer, TrajectoryMatchingTrainingArguments
 
     data, bank = expert_bank
@@ -444,7 +445,7 @@ def test_trainer_writes_the_set(expert_bank, tmp_path):
 
 def test_last_step_where_nothing_was_chosen(expert_bank, tmp_path):
     require_package("datasets")
-    from hf_effml.distillation.initialization import distilled_from_real
+    from hf_effml.distillation.bank.initialization import distilled_from_real
     from hf_effml.trainers.trajectory_matching import TrajectoryMatchingTrainer, TrajectoryMatchingTrainingArguments
 
     data, bank = expert_bank

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from hf_effml.distillation.ranking import (
+from hf_effml.distillation.evaluation.ranking import (
     augmentation_robust_score,
     hard_label_recovery,
     improvement_over_random,

@@ -11,19 +11,14 @@ from torch import nn
 
 from helpers import assert_close
 from hf_effml import ConvNetConfig
-from hf_effml.distillation import student_training
 from hf_effml.distillation.differentiable_augmentation import AugmentationSettings
-from hf_effml.distillation.evaluation import (
-    PROTOCOLS,
-    EvaluationProtocol,
-    TrainingSet,
-    accuracy,
-    get_protocol,
-    train_student,
-)
+from hf_effml.distillation.evaluation import training
+from hf_effml.distillation.evaluation.protocols import PROTOCOLS, EvaluationProtocol, get_protocol
+from hf_effml.distillation.evaluation.students import make_student
+from hf_effml.distillation.evaluation.training import accuracy, train_student
+from hf_effml.distillation.evaluation.training_sets import TrainingSet
 from hf_effml.distillation.flat_student import seed_from
 from hf_effml.distillation.real_images import RealImages
-from hf_effml.distillation.students import make_student
 
 
 PLAIN = AugmentationSettings("none")
@@ -213,7 +208,7 @@ def test_cutmix_pastes_the_share_it_says():
     generator = torch.Generator().manual_seed(0)
     shares = []
     for _ in range(50):
-        mixed, other, pasted = student_training._cutmix(images, generator)
+        mixed, other, pasted = training._cutmix(images, generator)
         for row in range(8):
             assert set(mixed[row].unique().tolist()) <= {row, int(other[row])}
         moved = [row for row in range(8) if other[row] != row]
@@ -226,7 +221,7 @@ def test_cutmix_pastes_the_share_it_says():
 def test_cutmix_mixes_the_labels_too(labels, monkeypatch):
     data = _set(learning_rate=0.05)
     other = torch.tensor([5, 4, 3, 2, 1, 0])
-    monkeypatch.setattr(student_training, "_cutmix", lambda images, generator: (images, other, 0.25))
+    monkeypatch.setattr(training, "_cutmix", lambda images, generator: (images, other, 0.25))
     trained = train_student(
         data, _linear, get_protocol("tm", labels=labels, epochs=3, augmentation=PLAIN, cutmix=True)
     )
@@ -266,7 +261,7 @@ def test_what_cannot_be_trained_is_explained():
 
 def test_a_failed_training_warns(caplog):
     protocol = get_protocol("tm", epochs=60, drop_epoch=None, learning_rate=1e20, augmentation=PLAIN)
-    with caplog.at_level("WARNING", student_training.__name__):
+    with caplog.at_level("WARNING", training.__name__):
         train_student(_set(), lambda: nn.Sequential(nn.Flatten(), nn.Linear(16, 9), nn.Linear(9, 3)), protocol)
     assert "ended with a loss of nan" in caplog.text and "1e+20 is too large" in caplog.text
 

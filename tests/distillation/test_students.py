@@ -7,8 +7,8 @@ from transformers import AutoConfig, ResNetConfig, ViTConfig
 
 from helpers import assert_close, require_package
 from hf_effml import ConvNetConfig
+from hf_effml.distillation.evaluation.students import StudentFactory, make_student, student_by_name, student_name
 from hf_effml.distillation.flat_student import logits_of
-from hf_effml.distillation.students import StudentFactory, make_student, student_by_name, student_name
 
 
 NAMES = ("convnet", "convnet-w8-batchnorm", "resnet18", "resnet18-small", "vit-tiny", "lenet", "mlp")

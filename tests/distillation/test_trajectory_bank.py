@@ -12,12 +12,12 @@ from safetensors.torch import save_file
 from transformers import ResNetConfig
 
 from helpers import assert_close, pixels
-from hf_effml.distillation import bank_files
-from hf_effml.distillation.bank_files import expert_name, write_bank, write_expert
+from hf_effml.distillation.bank import files
+from hf_effml.distillation.bank.files import expert_name, write_bank, write_expert
+from hf_effml.distillation.bank.trajectories import TrajectoryBank
 from hf_effml.distillation.configuration_convnet import ConvNetConfig
 from hf_effml.distillation.flat_student import FlatStudent, build_student
 from hf_effml.distillation.image_processing_zca import ZCAImageProcessor
-from hf_effml.distillation.trajectory_bank import TrajectoryBank
 
 
 def config_of(**fields):
@@ -102,7 +102,7 @@ def test_half_precision_becomes_float32_and_says_so_once(tmp_path, dtype, monkey
     rows = make_bank(tmp_path, dtype=dtype)
     bank = TrajectoryBank.from_pretrained(tmp_path)
     said = []
-    monkeypatch.setattr("hf_effml.distillation.trajectory_bank.logger.info", said.append)
+    monkeypatch.setattr("hf_effml.distillation.bank.trajectories.logger.info", said.append)
     assert_close([bank.read(0, 1), bank.read(1, 1)], [row[1:2].to(dtype).float() for row in rows])
     assert len(said) == 1 and str(dtype) in said[0]
 
@@ -182,14 +182,14 @@ def test_students_that_do_not_fit(bank, config, said):
 
 def test_a_student_that_only_might_not_fit(bank, monkeypatch):
     said = []
-    monkeypatch.setattr("hf_effml.distillation.trajectory_bank.logger.warning_once", said.append)
+    monkeypatch.setattr("hf_effml.distillation.bank.trajectories.logger.warning_once", said.append)
     bank.check_student(FlatStudent(build_student(config_of(pooling="max"))))
     assert said == ["The student differs from the bank's networks: `pooling` avg in the bank, max in the student."]
 
 
 def test_preprocessing(tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr("hf_effml.distillation.trajectory_bank.logger.warning_once", said.append)
+    monkeypatch.setattr("hf_effml.distillation.bank.trajectories.logger.warning_once", said.append)
     make_bank(tmp_path, preprocessing="abc")
     bank = TrajectoryBank.from_pretrained(tmp_path)
     bank.check_preprocessing("abc")
@@ -258,7 +258,7 @@ def test_a_killed_writer_leaves_the_old_file(tmp_path, monkeypatch):
         path.write_bytes(b"half of it")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(bank_files, "save_file", cut_off)
+    monkeypatch.setattr(files, "save_file", cut_off)
     metadata = TrajectoryBank.from_pretrained(tmp_path).metadata
     with pytest.raises(KeyboardInterrupt):
         write_expert(tmp_path, 0, torch.zeros_like(rows[0]), metadata)
@@ -281,7 +281,7 @@ def test_mean_accuracy(tmp_path):
 
 LOAD = """
 import json, sys, torch
-from hf_effml.distillation.trajectory_bank import TrajectoryBank
+from hf_effml.distillation.bank.trajectories import TrajectoryBank
 bank = TrajectoryBank.from_pretrained("alice/bank")
 before = sorted(path.name for path in bank.folder.iterdir())
 start, target = bank.pair(1, 0, 3)
@@ -308,7 +308,7 @@ def test_over_the_hub(tmp_path, client):  # noqa: F811
     processor.save_pretrained(tmp_path / "b")
     (tmp_path / "b" / "unfinished").mkdir()
     (tmp_path / "b" / "unfinished" / "notes.txt").write_text("mine")
-    push = "from hf_effml.distillation.trajectory_bank import TrajectoryBank\nbank = TrajectoryBank.from_pretrained"
+    push = "from hf_effml.distillation.bank.trajectories import TrajectoryBank\nbank = TrajectoryBank.from_pretrained"
     client.run(push + "('b')\nprint(bank.push_to_hub('alice/bank', private=True).oid)", "one", token=ALICE)
     printed = client.run(LOAD, "two", token=ALICE).splitlines()
     before, after, experts, fingerprint = json.loads(printed[0])

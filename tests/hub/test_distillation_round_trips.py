@@ -44,8 +44,9 @@ def compare(found, version):
 """
 
 TRAIN_BY_PROTOCOL = """
-from hf_effml.distillation.evaluation import get_protocol, train_student
-from hf_effml.distillation.students import student_by_name
+from hf_effml.distillation.evaluation.protocols import get_protocol
+from hf_effml.distillation.evaluation.training import train_student
+from hf_effml.distillation.evaluation.students import student_by_name
 from hf_effml.utils.imports import usable
 
 def train_all(training_set):
@@ -70,7 +71,7 @@ from huggingface_hub import HfApi
 from hf_effml import ConvNetConfig, ExpertTrainer, ExpertTrainingArguments, TrajectoryBank, ZCAImageProcessor
 from hf_effml import PADTrainer, PADTrainingArguments, distilled_from_real
 from hf_effml.distillation.real_images import RealImageData, RealImages
-from hf_effml.distillation.training_sets import as_training_set
+from hf_effml.distillation.evaluation.training_sets import as_training_set
 from hf_effml.scripts.push import main as push_main
 
 sys.argv = [str(Path("distil.py").absolute()), "--data", str(Path("photos").absolute()), "--hub_token", "$token"]

@@ -11,14 +11,14 @@ from accelerate import PartialState, debug_launcher
 from transformers import ResNetConfig, ViTConfig
 
 from helpers import assert_close
-from hf_effml.distillation.bank_files import expert_name
+from hf_effml.distillation.bank.experts import ExpertRun
+from hf_effml.distillation.bank.files import expert_name
+from hf_effml.distillation.bank.trajectories import TrajectoryBank
 from hf_effml.distillation.configuration_convnet import ConvNetConfig
-from hf_effml.distillation.expert_training import ExpertRun
 from hf_effml.distillation.flat_student import FlatStudent, build_student, seed_from
 from hf_effml.distillation.image_processing_zca import ZCAImageProcessor
 from hf_effml.distillation.pad import DataCurriculum
 from hf_effml.distillation.real_images import RealImageData, RealImages, load_real_images
-from hf_effml.distillation.trajectory_bank import TrajectoryBank
 from hf_effml.trainers.expert import ExpertTrainer, ExpertTrainingArguments
 
 

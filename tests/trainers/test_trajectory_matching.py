@@ -21,7 +21,7 @@ from hf_effml import (
     TrajectoryMatchingTrainingArguments,
     distilled_from_real,
 )
-from hf_effml.distillation.bank_files import write_bank, write_expert
+from hf_effml.distillation.bank.files import write_bank, write_expert
 from hf_effml.distillation.flat_student import FlatStudent, build_student
 from hf_effml.trainers import trajectory_matching
 

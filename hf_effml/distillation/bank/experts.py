@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedConfig
 
-from .bank_files import read_header, write_tensors
-from .differentiable_augmentation import AugmentationSettings, augment, draw_augmentation
-from .flat_student import build_student, logits_of, seed_from, student_config
-from .real_images import RealImageData, RealImages
+from hf_effml.distillation.differentiable_augmentation import AugmentationSettings, augment, draw_augmentation
+from hf_effml.distillation.flat_student import build_student, logits_of, seed_from, student_config
+from hf_effml.distillation.real_images import RealImageData, RealImages
+
+from .files import read_header, write_tensors
 
 
 __all__ = ["ExpertRun", "describe_data", "some_images", "trainable_config"]

@@ -65,7 +65,7 @@ def bank_card(metadata: Mapping[str, Any], name: str, parameters: int) -> str:
         f"# {name.split('/')[-1]}",
         f"Trajectories of {experts} expert networks ({student['model_type']}) that were trained{origin}: the "
         f"parameters of each after {_epochs(epochs)}, for dataset distillation by trajectory matching with hf-effml.",
-        "```python\nfrom hf_effml.distillation.trajectory_bank import TrajectoryBank\n\n"
+        "```python\nfrom hf_effml import TrajectoryBank\n\n"
         f'bank = TrajectoryBank.from_pretrained("{name}")  # fetches an expert\'s file when it is first read\n'
         f"start, target = bank.pair(expert=0, start_epoch={epochs[0]}, expert_epochs={epochs[1] - epochs[0]})\n"
         "network = bank.network(expert=0)  # with the parameters of its last epoch\n```"

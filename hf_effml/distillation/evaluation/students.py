@@ -12,10 +12,9 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, ResNetConfig, ViTConfig
 
+from hf_effml.distillation.configuration_convnet import ConvNetConfig
+from hf_effml.distillation.flat_student import build_student
 from hf_effml.utils.imports import require
-
-from .configuration_convnet import ConvNetConfig
-from .flat_student import build_student
 
 
 __all__ = ["STUDENTS", "Student", "StudentFactory", "make_student", "student_by_name", "student_name"]
@@ -88,7 +87,7 @@ def student_by_name(
     Example:
 
     ```python
-    >>> from hf_effml.distillation.students import student_by_name
+    >>> from hf_effml.distillation.evaluation.students import student_by_name
 
     >>> student_by_name("convnet", image_size=64, num_channels=3, num_labels=200).depth
     4
@@ -138,7 +137,7 @@ def make_student(student: Student, seed: int = 0) -> nn.Module:
 
     ```python
     >>> from torch import nn
-    >>> from hf_effml.distillation.students import make_student
+    >>> from hf_effml.distillation.evaluation.students import make_student
 
     >>> make_student(lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), seed=1)[1].out_features
     10

@@ -62,7 +62,7 @@ def image_grid(pixel_values: Tensor, processor: Any = None, columns: int = 10, m
 
     ```python
     >>> import torch
-    >>> from hf_effml.distillation.pictures import image_grid
+    >>> from hf_effml.distillation.publishing.pictures import image_grid
 
     >>> image_grid(torch.rand(6, 3, 8, 8), columns=3).size
     (152, 102)
@@ -102,7 +102,7 @@ def map_grid(
 
     ```python
     >>> import torch
-    >>> from hf_effml.distillation.pictures import map_grid
+    >>> from hf_effml.distillation.publishing.pictures import map_grid
 
     >>> map_grid(torch.rand(6, 3, 8, 8), torch.rand(6, 8, 8), columns=3).size
     (152, 102)
@@ -145,7 +145,7 @@ def save_curves(
     Example:
 
     ```python
-    >>> from hf_effml.distillation.pictures import save_curves
+    >>> from hf_effml.distillation.publishing.pictures import save_curves
 
     >>> save_curves(trainer.state.log_history, "curves.png")  # doctest: +SKIP
     ```

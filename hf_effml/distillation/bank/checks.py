@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from .flat_student import FlatStudent, student_config
+from hf_effml.distillation.flat_student import FlatStudent, student_config
 
 
 __all__ = ["compare_student"]

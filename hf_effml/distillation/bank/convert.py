@@ -13,11 +13,12 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
-from .bank_files import write_bank, write_expert
-from .expert_training import describe_data, trainable_config
-from .flat_student import FlatStudent, build_student, student_config
-from .real_images import RealImageData
-from .trajectory_bank import TrajectoryBank
+from hf_effml.distillation.flat_student import FlatStudent, build_student, student_config
+from hf_effml.distillation.real_images import RealImageData
+
+from .experts import describe_data, trainable_config
+from .files import write_bank, write_expert
+from .trajectories import TrajectoryBank
 
 
 __all__ = ["DistilledTensors", "export_pickled_bank", "import_distilled_tensors", "import_pickled_bank"]
@@ -91,7 +92,7 @@ def import_pickled_bank(
 
     ```python
     >>> from hf_effml import ConvNetConfig
-    >>> from hf_effml.distillation.convert_bank import import_pickled_bank
+    >>> from hf_effml.distillation.bank.convert import import_pickled_bank
     >>> from hf_effml.distillation.real_images import load_real_images
 
     >>> config = ConvNetConfig(num_labels=10)

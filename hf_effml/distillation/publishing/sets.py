@@ -15,14 +15,14 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
+from hf_effml.distillation.differentiable_augmentation import AugmentationSettings
+from hf_effml.distillation.evaluation.training_sets import TrainingSet, as_training_set
+from hf_effml.distillation.image_processing_zca import ZCA_WEIGHTS_NAME, ZCAImageProcessor
+from hf_effml.distillation.modeling_distilled_dataset import DistilledDatasetModel
 from hf_effml.utils.imports import require
 
-from .differentiable_augmentation import AugmentationSettings
-from .distillation_info import FORMAT_VERSION, describe_distillation, names_of_classes
-from .image_processing_zca import ZCA_WEIGHTS_NAME, ZCAImageProcessor
-from .modeling_distilled_dataset import DistilledDatasetModel
+from .description import FORMAT_VERSION, describe_distillation, names_of_classes
 from .pictures import image_grid, map_grid, to_pictures
-from .training_sets import TrainingSet, as_training_set
 
 
 if TYPE_CHECKING:

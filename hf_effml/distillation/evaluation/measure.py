@@ -9,35 +9,22 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from .differentiable_augmentation import AugmentationSettings
-from .evaluation_report import EvaluationReport, MeasuredAccuracy, comparison_rows
-from .initialization import soft_labels_from_experts
-from .protocols import PROTOCOLS, EvaluationProtocol, get_protocol
-from .student_training import accuracy, train_student
+from hf_effml.distillation.bank.initialization import soft_labels_from_experts
+from hf_effml.distillation.differentiable_augmentation import AugmentationSettings
+
+from .protocols import EvaluationProtocol, get_protocol
+from .report import EvaluationReport, MeasuredAccuracy
 from .students import Student, student_by_name, student_name
+from .training import accuracy, train_student
 from .training_sets import TrainingSet, as_training_set, random_real_images
 
 
 if TYPE_CHECKING:
-    from .real_images import RealImages
-    from .trajectory_bank import TrajectoryBank
+    from hf_effml.distillation.bank.trajectories import TrajectoryBank
+    from hf_effml.distillation.real_images import RealImages
 
 
-__all__ = [
-    "PROTOCOLS",
-    "EvaluationProtocol",
-    "EvaluationReport",
-    "MeasuredAccuracy",
-    "TrainingSet",
-    "accuracy",
-    "as_training_set",
-    "comparison_rows",
-    "cross_architecture",
-    "evaluate_distilled",
-    "get_protocol",
-    "random_real_images",
-    "train_student",
-]
+__all__ = ["cross_architecture", "evaluate_distilled"]
 
 _ALL_OPERATIONS = AugmentationSettings().strategy
 
@@ -70,7 +57,7 @@ def evaluate_distilled(
     as many random real images, drawn `draws` times, with labels of the same kind and with hard labels; the set and
     the random images once more without augmentation; the set before it was distilled and that of the last step, if
     given; and all real images with hard labels. From those come the scores of DD-Ranking, see
-    [`~hf_effml.distillation.ranking`].
+    [`~hf_effml.distillation.evaluation.ranking`].
 
     Only the accuracy at the end of training counts, on `test` as given. To choose between sets, give images that were
     cut from the training data and name them with `split="validation"`.
@@ -124,7 +111,7 @@ def evaluate_distilled(
     Example:
 
     ```python
-    >>> from hf_effml.distillation.evaluation import evaluate_distilled
+    >>> from hf_effml.distillation.evaluation.measure import evaluate_distilled
 
     >>> report = evaluate_distilled(model, "convnet", data.test, real=data.train, bank=bank)  # doctest: +SKIP
     >>> report.accuracy, report.scores["IOR"]  # doctest: +SKIP

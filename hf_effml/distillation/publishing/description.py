@@ -8,17 +8,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.utils import logging
 
+from hf_effml.distillation.evaluation.protocols import get_protocol
+from hf_effml.distillation.evaluation.students import student_name
+from hf_effml.distillation.evaluation.training_sets import as_training_set
+from hf_effml.distillation.modeling_distilled_dataset import DistilledDatasetModel
 from hf_effml.utils.benchmark import describe_run
-
-from .modeling_distilled_dataset import DistilledDatasetModel
-from .protocols import get_protocol
-from .students import student_name
-from .training_sets import as_training_set
 
 
 if TYPE_CHECKING:
-    from .evaluation_report import EvaluationReport
-    from .trajectory_bank import TrajectoryBank
+    from hf_effml.distillation.bank.trajectories import TrajectoryBank
+    from hf_effml.distillation.evaluation.report import EvaluationReport
 
 
 __all__ = ["FORMAT_VERSION", "describe_distillation", "names_of_classes", "peak_memory_so_far"]
@@ -89,7 +88,7 @@ def describe_distillation(
 
     ```python
     >>> from hf_effml import DistilledDatasetConfig, DistilledDatasetModel
-    >>> from hf_effml.distillation.distillation_info import describe_distillation
+    >>> from hf_effml.distillation.publishing.description import describe_distillation
 
     >>> model = DistilledDatasetModel(DistilledDatasetConfig(images_per_class=2, image_size=8))
     >>> info = describe_distillation(model, seed=0)

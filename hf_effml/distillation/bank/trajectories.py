@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
-from .bank_card import bank_card, mean_accuracies
-from .bank_checks import compare_student
-from .bank_files import BANK_NAME, bank_fingerprint, expert_name, read_bank, read_header
-from .flat_student import FlatStudent, build_student, student_config
-from .image_processing_zca import ZCAImageProcessor
+from hf_effml.distillation.flat_student import FlatStudent, build_student, student_config
+from hf_effml.distillation.image_processing_zca import ZCAImageProcessor
+
+from .card import bank_card, mean_accuracies
+from .checks import compare_student
+from .files import BANK_NAME, bank_fingerprint, expert_name, read_bank, read_header
 
 
 __all__ = ["TrajectoryBank"]
@@ -53,7 +54,7 @@ class TrajectoryBank:
     Example:
 
     ```python
-    >>> from hf_effml.distillation.trajectory_bank import TrajectoryBank
+    >>> from hf_effml import TrajectoryBank
 
     >>> bank = TrajectoryBank.from_pretrained("digits-bank")  # doctest: +SKIP
     >>> start, target = bank.pair(expert=0, start_epoch=3, expert_epochs=2)  # doctest: +SKIP

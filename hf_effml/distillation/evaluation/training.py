@@ -10,14 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from .differentiable_augmentation import AugmentationSettings, augment, draw_augmentation
-from .flat_student import logits_of, seed_from
-from .protocols import EvaluationProtocol, TrainingSet, get_protocol
+from hf_effml.distillation.differentiable_augmentation import AugmentationSettings, augment, draw_augmentation
+from hf_effml.distillation.flat_student import logits_of, seed_from
+
+from .protocols import EvaluationProtocol, get_protocol
 from .students import Student, make_student, student_name
+from .training_sets import TrainingSet
 
 
 if TYPE_CHECKING:
-    from .real_images import RealImages
+    from hf_effml.distillation.real_images import RealImages
 
 
 __all__ = ["accuracy", "train_student"]
@@ -66,7 +68,9 @@ def train_student(
     ```python
     >>> import torch
     >>> from torch import nn
-    >>> from hf_effml.distillation.evaluation import TrainingSet, get_protocol, train_student
+    >>> from hf_effml.distillation.evaluation.training_sets import TrainingSet
+    >>> from hf_effml.distillation.evaluation.protocols import get_protocol
+    >>> from hf_effml.distillation.evaluation.training import train_student
 
     >>> two = TrainingSet(torch.stack([-torch.ones(1, 8, 8), torch.ones(1, 8, 8)]), torch.tensor([0, 1]))
     >>> protocol = get_protocol("hard", epochs=30)

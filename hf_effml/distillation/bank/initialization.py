@@ -6,14 +6,15 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from .configuration_distilled_dataset import DistilledDatasetConfig
-from .flat_student import logits_of, seed_from, student_config
-from .modeling_distilled_dataset import DistilledDatasetModel
+from hf_effml.distillation.configuration_distilled_dataset import DistilledDatasetConfig
+from hf_effml.distillation.flat_student import logits_of, seed_from, student_config
+from hf_effml.distillation.modeling_distilled_dataset import DistilledDatasetModel
 
 
 if TYPE_CHECKING:
-    from .real_images import RealImageData, RealImages
-    from .trajectory_bank import TrajectoryBank
+    from hf_effml.distillation.real_images import RealImageData, RealImages
+
+    from .trajectories import TrajectoryBank
 
 __all__ = ["average_correct_logits", "distilled_from_real", "select_real_images", "soft_labels_from_experts"]
 
@@ -40,7 +41,7 @@ def average_correct_logits(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tens
 
     ```python
     >>> import torch
-    >>> from hf_effml.distillation.initialization import average_correct_logits
+    >>> from hf_effml.distillation.bank.initialization import average_correct_logits
 
     >>> logits = torch.tensor([[[2.0, 0.0]], [[4.0, 1.0]], [[0.0, 9.0]]])
     >>> average_correct_logits(logits, torch.tensor([0]))
@@ -69,7 +70,7 @@ def soft_labels_from_experts(
     """Labels images with what the experts of a bank say after their last epoch.
 
     Args:
-        bank ([`~hf_effml.distillation.trajectory_bank.TrajectoryBank`]):
+        bank ([`~hf_effml.distillation.bank.trajectories.TrajectoryBank`]):
             The experts.
         images (`Tensor` of shape `(images, channels, height, width)`):
             Preprocessed as the experts were trained.
@@ -125,7 +126,7 @@ def select_real_images(
             `"correct"` goes through a class in random order and keeps images that an expert classifies correctly
             after its last epoch; where one expert does not know enough of them, further ones are asked. `"real"`
             takes any images.
-        bank ([`~hf_effml.distillation.trajectory_bank.TrajectoryBank`], *optional*):
+        bank ([`~hf_effml.distillation.bank.trajectories.TrajectoryBank`], *optional*):
             The experts, for `"correct"`.
         seed (`int`, *optional*, defaults to 0):
             Seed of the order.
@@ -211,7 +212,7 @@ def distilled_from_real(
     Args:
         data ([`~hf_effml.distillation.real_images.RealImageData`]):
             The real images, preprocessed as the experts saw them.
-        bank ([`~hf_effml.distillation.trajectory_bank.TrajectoryBank`]):
+        bank ([`~hf_effml.distillation.bank.trajectories.TrajectoryBank`]):
             The experts.
         images_per_class (`int`):
             Synthetic images of every class.

@@ -29,7 +29,7 @@ def hard_label_recovery(full: float, distilled: float) -> float:
     Example:
 
     ```python
-    >>> from hf_effml.distillation.ranking import hard_label_recovery
+    >>> from hf_effml.distillation.evaluation.ranking import hard_label_recovery
 
     >>> round(hard_label_recovery(full=0.85, distilled=0.6), 2)
     0.25
@@ -76,7 +76,7 @@ def label_robust_score(ior: float, hlr: float, weight: float = 0.5) -> float:
     Example: no gain and nothing lost is above a third of the way.
 
     ```python
-    >>> from hf_effml.distillation.ranking import label_robust_score
+    >>> from hf_effml.distillation.evaluation.ranking import label_robust_score
 
     >>> round(label_robust_score(ior=0.0, hlr=0.0), 3), label_robust_score(ior=1.0, hlr=-1.0)
     (0.269, 1.0)

@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .differentiable_augmentation import AugmentationSettings
-from .flat_student import seed_from
+from hf_effml.distillation.differentiable_augmentation import AugmentationSettings
+from hf_effml.distillation.flat_student import seed_from
 
 
 if TYPE_CHECKING:
-    from .real_images import RealImages
+    from hf_effml.distillation.real_images import RealImages
 
 
 __all__ = ["TrainingSet", "as_training_set", "random_real_images"]

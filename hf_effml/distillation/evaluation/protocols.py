@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from .differentiable_augmentation import AugmentationSettings
+from hf_effml.distillation.differentiable_augmentation import AugmentationSettings
+
 from .training_sets import TrainingSet
 
 
@@ -61,7 +62,7 @@ class EvaluationProtocol:
     Example:
 
     ```python
-    >>> from hf_effml.distillation.evaluation import get_protocol
+    >>> from hf_effml.distillation.evaluation.protocols import get_protocol
 
     >>> get_protocol("tm").epochs, get_protocol("tm-short", epochs=100).drop_epoch
     (1001, 50)

@@ -6,7 +6,7 @@ from pathlib import Path
 from shutil import rmtree
 from typing import Any
 
-from .bank_files import BANK_NAME, different_settings, expert_name, read_bank, read_header, write_bank
+from .files import BANK_NAME, different_settings, expert_name, read_bank, read_header, write_bank
 
 
 __all__ = ["BankFolder"]

@@ -5,8 +5,9 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from .flat_student import seed_from
-from .trajectory_bank import TrajectoryBank
+from hf_effml.distillation.flat_student import seed_from
+
+from .trajectories import TrajectoryBank
 
 
 __all__ = ["TrajectorySegments", "collate_segments"]
@@ -16,7 +17,7 @@ class TrajectorySegments(Dataset):
     """The segments of experts' trajectories that training matches, each drawn from the seed and its number alone.
 
     Args:
-        bank ([`~hf_effml.distillation.trajectory_bank.TrajectoryBank`]):
+        bank ([`~hf_effml.distillation.bank.trajectories.TrajectoryBank`]):
             The experts.
         args ([`~hf_effml.TrajectoryMatchingTrainingArguments`]):
             Which epochs, how many steps, and the seed.

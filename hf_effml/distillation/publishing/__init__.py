@@ -1,0 +1,1 @@
+"""Distilled sets as files that anybody can use: tables, their description, pictures."""
