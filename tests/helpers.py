@@ -1,8 +1,5 @@
 """Comparisons and builders that tests share."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -13,6 +10,8 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
+
+from processes import Job
 
 
 def require_package(name: str) -> ModuleType:
@@ -136,11 +135,9 @@ def existing_gradients(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def run_python(code: str, *arguments: str | Path, cwd: Path, without_package: bool = False) -> str:
-    """Run code in a fresh interpreter, there with `hf_effml` not importable if asked for; its standard output."""
+    """Run code in a process of its own, there with `hf_effml` not importable if asked for; its standard output."""
     if without_package:
         code = "import sys\nsys.modules['hf_effml'] = None\n" + code
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    outcome = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
-    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
-    return outcome.stdout
+    job = Job(code, *arguments, cwd=cwd)
+    assert job.wait() == 0, job.stdout + job.stderr
+    return job.stdout

@@ -1,7 +1,6 @@
 """A local Hub, and clients of it that share nothing with the test process but a folder."""
 
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,6 +8,8 @@ from pathlib import Path
 
 import pytest
 from hub.local_hub import LocalHub
+
+from processes import Job
 
 
 # Put together here, so that no scanner takes them for real ones.
@@ -25,7 +26,7 @@ class Client:
 
     def start(
         self, code: str, home: str, token: str | None = None, without_package: bool = False, offline: bool = False
-    ) -> subprocess.Popen:
+    ) -> Job:
         """Starts code that sees the local Hub, with `hf_effml` not importable if asked for."""
         if without_package:
             code = "import sys\nsys.modules['hf_effml'] = None\n" + code
@@ -44,15 +45,13 @@ class Client:
         }
         if token is not None:
             environment["HF_TOKEN"] = token
-        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        return subprocess.Popen([sys.executable, "-c", code], cwd=self.folder, env=environment, **pipes)
+        return Job(code, cwd=self.folder, environment=environment, merged=True)
 
     def run(self, code: str, home: str, **options: object) -> str:
         """Runs code to its end, which must be a good one; what it printed."""
-        process = self.start(code, home, **options)
-        printed, _ = process.communicate(timeout=180)
-        assert process.returncode == 0, printed
-        return printed
+        job = self.start(code, home, **options)
+        assert job.wait() == 0, job.stdout
+        return job.stdout
 
     def leaks(self) -> list[str]:
         """Files on the server, with what they hold of this machine or of an account."""

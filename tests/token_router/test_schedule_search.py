@@ -1,11 +1,8 @@
 """Schedules: block influence, the projection, and a search that finds optima, repeats itself and survives a kill."""
 
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -28,6 +25,7 @@ from hf_effml import (
 from hf_effml.token_router import schedule_search
 from hf_effml.token_router.continuations import continuation_logits, cross_entropy, divergence
 from hf_effml.token_router.patching import copy_config, disable_routing, find_decoder
+from processes import Job
 
 
 VECTORS = Path(__file__).parents[1] / "vectors" / "token_router"
@@ -365,6 +363,7 @@ def test_search_refuses_models_without_anything_to_search():
 
 PROGRAM = """
 import sys
+sys.path.insert(0, sys.argv[2])
 from helpers import require_package, texts, tiny_language_model
 from hf_effml import TokenRouterConfig, apply_token_router, search_sparsity_schedule
 
@@ -375,14 +374,13 @@ search_sparsity_schedule(model, texts(6, 28)[0], 20, population=10, generations=
 
 
 def run_and_kill(checkpoint, evaluations):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(checkpoint)], env=environment)
+    process = Job(PROGRAM, checkpoint, Path(__file__).parents[1], cwd=checkpoint.parents[1], package=True)
     deadline = time.time() + 120
-    while process.poll() is None and time.time() < deadline:
+    while time.time() < deadline:
         if checkpoint.exists() and len(json.loads(checkpoint.read_text())["evaluated"]) >= evaluations:
             break
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     assert process.wait() == -signal.SIGKILL, "it ended before it was killed"
 
 

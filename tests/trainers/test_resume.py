@@ -1,14 +1,13 @@
 """A run that `kill -9` ended and that was resumed equals the straight run, bit for bit."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from processes import Job
 
 
 # Augmentation, mixup where timm is there, drop path, accumulation over a ragged epoch, moving average; merge warm-up
@@ -61,9 +60,9 @@ trainer.save_state()
 
 
 def run(folder, method, kill_at=-1, resume=False):
-    command = [sys.executable, "-c", PROGRAM, str(folder), str(kill_at), "resume" if resume else "start", method]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    job = Job(PROGRAM, folder, kill_at, "resume" if resume else "start", method, cwd=folder.parent, package=True)
+    job.wait()
+    return job
 
 
 def log(folder, after):

@@ -130,6 +130,7 @@ def test_patches_of_the_selection_task_tell_the_class():
     assert torch.equal(again[5]["pixel_values"], train[5]["pixel_values"])
 
 
+@pytest.mark.slow
 def test_dyvm_experiment_reports_every_way(tmp_path):
     require_package("sklearn")
     sizes = ["--patch_size", "4", "--hidden_size", "8", "--num_hidden_layers", "3", "--seeds", "0", "1"]
@@ -174,6 +175,7 @@ def test_whole_numbers_are_tokens_and_fractions_shares():
     assert train_rmeeto.MergeArguments(merge_r=0.1).fields()["merge_r"] == 0.1
 
 
+@pytest.mark.slow
 def test_experiment_reports_every_way(tmp_path, monkeypatch):
     require_package("sklearn")
     sizes = ["--patch_size", "4", "--hidden_size", "8", "--num_hidden_layers", "3", "--r", "4", "--seeds", "0", "1"]
@@ -191,10 +193,15 @@ def test_demo(tmp_path, capsys):
     out = tmp_path / "effml-demo"
     results = demo.main(["--out", str(out), "--epochs", "1", "--retrain_epochs", "1"])
     expected = {"accuracy_speed.png", "merged_tokens.png", "results.json", "rmeeto-digits"}
-    expected |= {"dropped_tokens.png", "dyvm-digits"}
+    expected |= {"dropped_tokens.png", "dyvm-digits", "digits-experts", "distilled-digits", "distilled_digits.png"}
     assert {path.name for path in out.iterdir()} == expected
     assert json.loads((out / "results.json").read_text())["rows"] == results["rows"]
-    last = capsys.readouterr().out.strip().splitlines()[-1].strip()
-    assert last == f'pipeline("image-classification", "{out}/dyvm-digits", trust_remote_code=True)'
-    code = f"from PIL import Image\nfrom transformers import pipeline\nprint(len({last}(Image.new('L', (8, 8)))))"
-    assert run_python(code, cwd=tmp_path, without_package=True).strip() == "5"
+    model, dataset = (line.strip() for line in capsys.readouterr().out.strip().splitlines()[-2:])
+    assert model == f'pipeline("image-classification", "{out}/dyvm-digits", trust_remote_code=True)'
+    code = f"""
+from PIL import Image
+from datasets import load_dataset
+from transformers import pipeline
+print(len({model}(Image.new("L", (8, 8)))), {dataset}.num_rows)
+"""
+    assert run_python(code, cwd=tmp_path, without_package=True).strip() == "5 10"

@@ -4,8 +4,6 @@ import dataclasses
 import os
 import re
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -25,6 +23,7 @@ from hf_effml import (
 )
 from hf_effml.token_router.patching import find_decoder
 from hf_effml.utils.text_data import load_text, make_windows
+from processes import Job
 
 
 SHAPE = dict(
@@ -205,11 +204,8 @@ def test_killed_and_resumed_equals_straight(tmp_path):
     code = PROGRAM.format(tests=os.path.dirname(folder), folder=folder)
 
     def run(name, kill_at=-1, resume="start"):
-        command = [sys.executable, "-c", code, str(tmp_path / name), str(kill_at), resume]
-        outcome = subprocess.run(
-            command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
-        )
-        return outcome.returncode, outcome.stderr
+        job = Job(code, tmp_path / name, kill_at, resume, cwd=tmp_path, package=True)
+        return job.wait(), job.stderr
 
     assert run("straight")[0] == 0
     assert run("killed", kill_at=5)[0] == -signal.SIGKILL
