@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     from hf_effml.utils.benchmark import Timing
     from hf_effml.vim import VimForImageClassification
+    from hf_effml.vim.modeling_rmeeto import MergeRun, TokenMerger
+    from hf_effml.vim.vim_run import TokenReducer
 
 
 @dataclass
@@ -179,53 +181,48 @@ def _variants(model: "VimForImageClassification", r: int) -> "dict[str, VimForIm
     variants |= {NAIVE: make(merge_r=r), LOCAL: make(merge_r=r, merge_matching="local"), FREE: make(merge_r=r)}
     for name, step in {NAIVE: _merge_naively, FREE: _cut_off}.items():
         vim: Any = variants[name].vim
-        vim.token_reducer = _Reducer(vim.token_reducer.removals, step)
+        vim.token_reducer = _comparison_reducer(vim.token_reducer, step)
     return {name: variants[name] for name in (OFF, NAIVE, OURS, LOCAL, FREE)}
 
 
-class _Reducer:
-    """A token reducer for comparisons: the schedule of ours, another way to remove tokens."""
+def _comparison_reducer(merger: "TokenMerger", reduce: Callable) -> "TokenReducer":
+    """The schedule of `merger`, and another way to remove tokens."""
+    from hf_effml.vim.modeling_rmeeto import MergeRun, TokenMerger
 
-    def __init__(self, removals: Callable[[int], list[int]], step: Callable):
-        self.removals, self.step = removals, step
+    class Run(MergeRun):
+        def feature_for(self, block: int) -> str | None:
+            return super().feature_for(block) if reduce is _merge_naively else None
 
-    def begin(self, hidden_states: "Tensor", class_positions: tuple[int, ...]) -> "_Run":
-        return _Run(self.removals(hidden_states.shape[1]), self.step, hidden_states, class_positions)
+        def reduce(self, block: int, stream: "Tensor", feature: "Tensor | None") -> "Tensor":
+            r = self.removals[block]
+            return reduce(self, stream, feature, r) if r else stream
 
+    class Reducer(TokenMerger):
+        def begin(self, stream: "Tensor", class_positions: tuple[int, ...]) -> Run:
+            run = Run(self.config, stream, class_positions, self.removals(stream.shape[1]))
+            run.sizes = stream.new_ones(*stream.shape[:2], 1)
+            return run
 
-class _Run:
-    def __init__(self, removals: list[int], step: Callable, hidden_states: "Tensor", class_positions: tuple[int, ...]):
-        self.removals, self.step, self.class_positions = removals, step, class_positions
-        self.sizes = hidden_states.new_ones(*hidden_states.shape[:2], 1)
-
-    def feature_for(self, block: int) -> str | None:
-        needed = self.step is _merge_naively and block < len(self.removals) and self.removals[block]
-        return "hidden" if needed else None
-
-    def reduce(self, block: int, hidden_states: "Tensor", feature: "Tensor | None") -> "Tensor":
-        r = self.removals[block]
-        if r == 0:
-            return hidden_states
-        return self.step(self, hidden_states, feature, r)
+    return Reducer(merger.config)
 
 
-def _merge_naively(run: _Run, hidden_states: "Tensor", feature: "Tensor", r: int) -> "Tensor":
+def _merge_naively(run: "MergeRun", stream: "Tensor", feature: "Tensor", r: int) -> "Tensor":
     from hf_effml.vim.token_reduction import ordered_merge_reference
 
     # The official code merges the mixer's output and the stream before the addition; our blocks have added already, so
     # the first result is for the time it takes, and the second one is the sum of the two.
     (position,) = run.class_positions
-    _, merged, run.sizes, position = ordered_merge_reference(feature, feature, hidden_states, run.sizes, position, r)
+    _, merged, run.sizes, position = ordered_merge_reference(feature, feature, stream, run.sizes, position, r)
     run.class_positions = (position,)
     return merged
 
 
-def _cut_off(run: _Run, hidden_states: "Tensor", feature: None, r: int) -> "Tensor":
-    tokens = hidden_states.shape[1]
+def _cut_off(run: "MergeRun", stream: "Tensor", feature: None, r: int) -> "Tensor":
+    tokens = stream.shape[1]
     (position,) = run.class_positions
     run.class_positions = (position * (tokens - r) // tokens,)
-    run.sizes = run.sizes[:, r:]
-    return hidden_states[:, : tokens - r]
+    run.sizes = None if run.sizes is None else run.sizes[:, r:]
+    return stream[:, : tokens - r]
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from hf_effml.vim import ScanStream, VimForImageClassification
-    from hf_effml.vim.modeling_vim import VimMixer
+    from hf_effml.vim.vim_blocks import VimMixer
 
 
 @dataclass
@@ -248,14 +248,14 @@ def _bench_model(args: BenchArguments, sizes: Sizes, batch: int) -> list[dict[st
 
 @contextmanager
 def _scan_replaced_by_loop() -> Iterator[None]:
-    from hf_effml.vim import modeling_vim
+    from hf_effml.vim import vim_blocks
 
-    original = modeling_vim.selective_scan
-    modeling_vim.selective_scan = loop_scan
+    original = vim_blocks.selective_scan
+    vim_blocks.selective_scan = loop_scan
     try:
         yield
     finally:
-        modeling_vim.selective_scan = original
+        vim_blocks.selective_scan = original
 
 
 def _with_transformers_mixer(model: "VimForImageClassification") -> "VimForImageClassification":

@@ -159,9 +159,10 @@ def amount_of_work(model: "VimForImageClassification") -> tuple[dict[str, int], 
     """
     from hf_effml.vim.complexity import count_multiply_adds
     from hf_effml.vim.configuration_rmeeto import merge_schedule
+    from hf_effml.vim.modeling_rmeeto import TokenMerger
 
     reducer = model.vim.token_reducer
-    if reducer is not None:
+    if isinstance(reducer, TokenMerger):
         tokens = merge_schedule(reducer.config)
         return count_multiply_adds(reducer.config, tokens), tokens
     config = model.config

@@ -21,7 +21,7 @@ from hf_effml.utils.benchmark import (
     peak_memory,
     write_report,
 )
-from hf_effml.vim import modeling_vim, selective_scan
+from hf_effml.vim import selective_scan, vim_blocks
 
 
 def run(program, folder, *options):
@@ -55,15 +55,15 @@ def test_bench_vim_refuses_a_wrong_model(tmp_path, monkeypatch):
     def wrong(*streams):
         return tuple(2 * y for y in selective_scan(*streams))
 
-    monkeypatch.setattr(modeling_vim, "selective_scan", wrong)
+    monkeypatch.setattr(vim_blocks, "selective_scan", wrong)
     with pytest.raises(RuntimeError, match="Nothing is reported.*`Vim, ours` differ by"):
         run(bench_vim, tmp_path, "--batch_sizes", "1")
 
 
 def test_bench_vim_restores_the_scan_and_checks_arguments(tmp_path):
-    before = modeling_vim.selective_scan
+    before = vim_blocks.selective_scan
     run(bench_vim, tmp_path, "--batch_sizes", "1", "--dtype", "bfloat16")
-    assert modeling_vim.selective_scan is before
+    assert vim_blocks.selective_scan is before
     with pytest.raises(ValueError, match="at least 1"):
         run(bench_vim, tmp_path, "--rounds", "0")
 

@@ -88,7 +88,7 @@ class MergeWarmupCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Notes the full amount."""
-        self._full = [(vim, vim.token_reducer) for vim in _merging_vims(kwargs["model"])]
+        self._full = _merging_vims(kwargs["model"])
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -252,8 +252,9 @@ def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, temperatur
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
 
 
-def _merging_vims(model: nn.Module) -> list[VimModel]:
-    return [module for module in model.modules() if isinstance(module, VimModel) and module.token_reducer is not None]
+def _merging_vims(model: nn.Module) -> list[tuple[VimModel, TokenMerger]]:
+    vims = (module for module in model.modules() if isinstance(module, VimModel))
+    return [(vim, vim.token_reducer) for vim in vims if isinstance(vim.token_reducer, TokenMerger)]
 
 
 def _lessened(full: TokenMerger, share: float) -> TokenMerger:

@@ -1,14 +1,32 @@
 """Dynamic Vision Mamba as a backbone for dense tasks."""
 
-from typing import Any
+from typing import cast
 
-from torch import Tensor
-from transformers.modeling_outputs import BackboneOutput
+from torch import Tensor, nn
 
 from .backbone_vim import VimBackbone
+from .dyvm_run import DyVMRun
 from .modeling_dyvm import DyVMEncoder
 from .token_reduction import take_rows
-from .token_selection import TokenLayout
+from .vim_run import VimRun
+
+
+class _GridRun(DyVMRun):
+    """Remembers the patches that are dropped, as they were."""
+
+    dropped: Tensor | None = None
+
+    def step(self, block: int, layer: nn.Module, stream: Tensor) -> Tensor:
+        if self.prunes(block):
+            self.dropped = self.patches(stream)
+        return super().step(block, layer, stream)
+
+    def patches(self, stream: Tensor) -> Tensor:
+        """Every patch at its original place, `(batch, patches, hidden_size)`; a dropped one as it was."""
+        tokens = take_rows(stream, self.layout.patch_rows)
+        if self.dropped is None:
+            return tokens
+        return self.dropped.scatter(1, self.layout.positions.unsqueeze(2).expand_as(tokens), tokens)
 
 
 class DyVMBackbone(DyVMEncoder, VimBackbone):
@@ -35,52 +53,10 @@ class DyVMBackbone(DyVMEncoder, VimBackbone):
     """
 
     _plain_class = VimBackbone
+    run_class = _GridRun
 
-    def forward(
-        self,
-        pixel_values: Tensor,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        **kwargs: Any,
-    ) -> BackboneOutput | tuple:
-        """
-        Compute feature maps; images of any size are accepted.
-
-        Args:
-            pixel_values (`Tensor` of shape `(batch, channels, height, width)`): Normalised images.
-            output_hidden_states (`bool`, *optional*): Also return the tokens after every block.
-            return_dict (`bool`, *optional*): `False` returns a plain tuple.
-
-        Returns:
-            `BackboneOutput`: `feature_maps`, one `(batch, hidden_size, rows, columns)` tensor per entry of
-            `out_features`.
-        """
-        keep_all = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        stream, _ = self._embed(pixel_values, interpolate_pos_encoding=True)
-        grid, run = self._grid(pixel_values), self._begin(stream)
-        all_states, maps = [stream], []
-        tokens = None
-        for index, stage in enumerate(self.stage_names):
-            if index:
-                if self.pruning and run.prunes(index - 1):
-                    tokens = _full_grid(stream, run.layout, tokens)
-                layer = self.layers[index - 1]
-                stream = run.step(index - 1, layer, stream) if self.pruning else layer(stream)[0]
-                all_states.append(stream)
-            if stage in self.out_features:
-                map_ = _full_grid(stream, run.layout, tokens)
-                maps.append(map_.mT.unflatten(2, grid).to(self.dtype))
-        output = BackboneOutput(feature_maps=tuple(maps), hidden_states=tuple(all_states) if keep_all else None)
-        as_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if as_dict else output.to_tuple()
-
-
-def _full_grid(stream: Tensor, layout: TokenLayout, before: Tensor | None) -> Tensor:
-    """The patch tokens at their original places `(batch, patches, hidden_size)`; what is gone as it was `before`."""
-    tokens = take_rows(stream, layout.patch_rows)
-    if before is None:
-        return tokens
-    return before.scatter(1, layout.positions.unsqueeze(2).expand_as(tokens), tokens)
+    def _patches(self, run: VimRun, stream: Tensor) -> Tensor:
+        return cast(_GridRun, run).patches(stream)
 
 
 __all__ = ["DyVMBackbone"]

@@ -8,6 +8,7 @@ from transformers.modeling_outputs import BackboneOutput
 
 from .configuration_vim import VimConfig
 from .modeling_vim import VimEncoder
+from .vim_run import VimRun
 
 
 class VimBackbone(BackboneMixin, VimEncoder):
@@ -59,22 +60,23 @@ class VimBackbone(BackboneMixin, VimEncoder):
             `out_features`.
         """
         keep_all = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        hidden_states, cls_indices = self._embed(pixel_values, interpolate_pos_encoding=True)
-        grid = self._grid(pixel_values)
-        patch_rows = [row for row in range(hidden_states.shape[1]) if row not in cls_indices]
-        all_states = [hidden_states]
-        for layer in self.layers:
-            all_states.append(layer(all_states[-1])[0])
-        output = BackboneOutput(
-            feature_maps=tuple(
-                states[:, patch_rows].mT.unflatten(2, grid).to(self.dtype)
-                for stage, states in zip(self.stage_names, all_states, strict=True)
-                if stage in self.out_features
-            ),
-            hidden_states=tuple(all_states) if keep_all else None,
-        )
+        stream, class_positions = self._embed(pixel_values, interpolate_pos_encoding=True)
+        grid, run = self._grid(pixel_values), self.begin_run(stream, class_positions)
+        all_states, maps = [stream], []
+        for index, stage in enumerate(self.stage_names):
+            if index:
+                stream = run.step(index - 1, self.layers[index - 1], stream)
+                all_states.append(stream)
+            if stage in self.out_features:
+                maps.append(self._patches(run, stream).mT.unflatten(2, grid).to(self.dtype))
+        output = BackboneOutput(feature_maps=tuple(maps), hidden_states=tuple(all_states) if keep_all else None)
         as_dict = self.config.return_dict if return_dict is None else return_dict
         return output if as_dict else output.to_tuple()
+
+    def _patches(self, run: VimRun, stream: Tensor) -> Tensor:
+        """Every patch at its original place, `(batch, patches, hidden_size)`."""
+        rows = [row for row in range(stream.shape[1]) if row not in run.class_positions]
+        return stream[:, rows]
 
 
 __all__ = ["VimBackbone"]

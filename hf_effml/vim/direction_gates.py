@@ -1,16 +1,16 @@
 """The gates of DyVM: which scan directions a block runs for which image, and the mixer that leaves the others out."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .configuration_dyvm import DyVMConfig
-from .modeling_vim import VimBlock, VimMixer
 from .selective_scan import ScanStream, selective_scan
 from .token_reduction import take_rows
 from .token_selection import straight_through
+from .vim_blocks import VimBlock, VimMixer
 
 
 class Gating(NamedTuple):
@@ -72,23 +72,29 @@ class DyVMMixer(VimMixer):
         self,
         hidden_states: Tensor,
         token_mask: Tensor | None = None,
-        direction_gates: Tensor | None = None,
-        feature: str | None = None,
+        *plain: Any,
         gating: Gating | None = None,
+        **options: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """
         Mix tokens along the sequence, in the directions that are open.
 
         Args:
-            hidden_states, token_mask, direction_gates, feature: See [`VimMixer`].
-            gating ([`Gating`], *optional*): How to decide the gates; without it this is a plain mixer.
+            hidden_states (`Tensor` of shape `(batch, tokens, hidden_size)`):
+                Normalised tokens.
+            token_mask (`Tensor` of shape `(batch, tokens)`, *optional*):
+                See [`VimMixer`].
+            gating ([`Gating`], *optional*):
+                How to decide the gates; without it this is a plain mixer.
+            plain, options (`tuple`, `dict`, *optional*):
+                What only a plain mixer looks at.
 
         Returns:
             `tuple[Tensor, Tensor | None]`: The output `(batch, tokens, hidden_size)`, and with `gating` the gates and
             their logits `(batch, 2, 2)`.
         """
         if gating is None:
-            return super().forward(hidden_states, token_mask, direction_gates, feature)
+            return super().forward(hidden_states, token_mask, *plain, **options)
         projected = self.in_proj(hidden_states)
         logits = self.block_head(self._summary(projected, gating.class_rows, token_mask)).float() + gating.offset
         gates = gating.decide(logits)
@@ -132,33 +138,9 @@ class DyVMMixer(VimMixer):
 
 
 class DyVMBlock(VimBlock):
-    """One block on the residual stream; without `gating` a plain [`VimBlock`]."""
+    """One block on the residual stream. With `gating` it also returns the gates and their logits `(batch, 2, 2)`."""
 
     mixer_class = DyVMMixer
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        token_mask: Tensor | None = None,
-        direction_gates: Tensor | None = None,
-        feature: str | None = None,
-        gating: Gating | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """
-        Apply the block.
-
-        Args:
-            hidden_states, token_mask, direction_gates, feature: See [`VimBlock`].
-            gating ([`Gating`], *optional*): See [`DyVMMixer`].
-
-        Returns:
-            `tuple[Tensor, Tensor | None]`: The new residual stream, and with `gating` the gates and their logits
-            `(batch, 2, 2)`.
-        """
-        if gating is None:
-            return super().forward(hidden_states, token_mask, direction_gates, feature)
-        mixed, decided = self.mixer(self.norm(hidden_states), token_mask, gating=gating)
-        return self._add(hidden_states, mixed), decided
 
 
 __all__ = ["DyVMBlock", "DyVMGateHead", "DyVMMixer", "Gating"]

@@ -12,8 +12,9 @@ from transformers.utils import logging
 
 from .configuration_dyvm import DyVMConfig
 from .configuration_vim import VimConfig
-from .direction_gates import DyVMBlock, DyVMGateHead, Gating
+from .direction_gates import DyVMBlock, DyVMGateHead
 from .dyvm_losses import patch_features, ratio_losses
+from .dyvm_run import DyVMRun
 from .gate_calibration import calibrate
 from .modeling_vim import (
     VimForImageClassification,
@@ -22,15 +23,7 @@ from .modeling_vim import (
     VimModelOutput,
     VimPreTrainedModel,
 )
-from .token_reduction import take_rows
-from .token_selection import (
-    TokenLayout,
-    TokenPredictor,
-    decisions_from,
-    fixed_ranks,
-    sample_decisions,
-    sample_exponential,
-)
+from .token_selection import TokenPredictor
 
 
 logger = logging.get_logger(__name__)
@@ -100,198 +93,6 @@ class DyVMImageClassifierOutput(VimImageClassifierOutput):
     block_gate_logits: Tensor | None = None
     token_keep_ratio: Tensor | None = None
     block_keep_ratio: Tensor | None = None
-
-
-class DyVMPass:
-    """
-    One forward pass: the layout of the stream at the moment, and everything that was decided so far.
-
-    Args:
-        config ([`DyVMConfig`]): When and how to choose.
-        predictors (`nn.ModuleList`, *optional*): One [`TokenPredictor`] per stage, for learned selection.
-        training (`bool`): Whether to draw decisions and keep all tokens, or to decide and drop.
-        layout ([`TokenLayout`]): That of the stream before block 0.
-        kept_indices, block_gates, generator: See [`DyVMModel`].
-    """
-
-    def __init__(
-        self,
-        config: DyVMConfig,
-        predictors: nn.ModuleList | None,
-        training: bool,
-        layout: TokenLayout,
-        kept_indices: Sequence[Tensor] | None,
-        block_gates: Tensor | None,
-        generator: torch.Generator | None,
-    ):
-        self.config = config
-        self.predictors = predictors
-        self.training = training
-        self.layout = layout
-        self.forced_indices = kept_indices
-        self.forced_gates = block_gates
-        self.generator = generator
-        batch, self.patches = layout.positions.shape
-        self.counts = config.tokens_kept(self.patches)
-        layers = config.pruning_layers or [] if config.enable_token_pruning else []
-        self.stages = {block: stage for stage, block in enumerate(layers)}
-        self.token_mask: Tensor | None = None
-        self.kept: list[Tensor] = []
-        self.decisions: list[Tensor] = []
-        self.decided: list[Tensor] = []
-        device = layout.positions.device
-        self.offsets = torch.tensor(config.block_gate_logit_offset, dtype=torch.float32, device=device)
-        self.offsets = self.offsets.expand(config.num_hidden_layers, 2)
-        self.select = config.inference_mode == "select" and not training and not torch.compiler.is_compiling()
-
-    def prunes(self, block: int) -> bool:
-        """
-        Whether tokens are dropped before a block.
-
-        Args:
-            block (`int`): Its index.
-
-        Returns:
-            `bool`
-        """
-        return block in self.stages
-
-    def step(self, block: int, layer: DyVMBlock, stream: Tensor) -> Tensor:
-        """
-        Choose tokens if it is time to, and apply a block.
-
-        Args:
-            block (`int`): Its index.
-            layer ([`DyVMBlock`]): The block.
-            stream (`Tensor` of shape `(batch, tokens, hidden_size)`): Its input.
-
-        Returns:
-            `Tensor` of shape `(batch, tokens left, hidden_size)`
-        """
-        if self.prunes(block):
-            stage = self.stages[block]
-            stream = self._mark(stage, stream) if self.training else self._drop(stage, stream)
-        if not self.config.enable_block_selection:
-            return layer(stream, self.token_mask)[0]
-        stream, decided = layer(stream, self.token_mask, gating=self._gating(block))
-        self.decided.append(decided)
-        return stream
-
-    def _gating(self, block: int) -> Gating:
-        config, noise = self.config, None
-        forced = None if self.forced_gates is None else self.forced_gates[:, block]
-        if self.training and forced is None:
-            shape, device = (len(self.layout.positions), 2), self.offsets.device
-            plus, minus = (sample_exponential(shape, device, self.generator).log() for _ in range(2))
-            noise = minus - plus
-        return Gating(
-            class_rows=self.layout.class_rows,
-            offset=self.offsets[block],
-            threshold=config.block_gate_threshold,
-            tau=config.block_gumbel_tau,
-            noise=noise,
-            forced=forced,
-            select=self.select,
-        )
-
-    def _log_probs(self, stage: int, stream: Tensor) -> Tensor:
-        """Of keeping and dropping every patch token, `(batch, patches, 2)`, in stream order."""
-        if self.predictors is None:
-            raise RuntimeError(
-                'This model has no token predictors: it was built with `token_selection="random"` or `"even"`, or '
-                "without token pruning. Load it with the setting wanted instead of changing its configuration."
-            )
-        scores = self.predictors[stage](stream, self.layout.row_weights(class_weight=0.0))
-        return scores.gather(1, self.layout.patch_rows.unsqueeze(2).expand(-1, -1, 2))
-
-    def _drop(self, stage: int, stream: Tensor) -> Tensor:
-        """Evaluation: the same number of tokens goes on for every image (dyvm.md 2.3)."""
-        batch, tokens = self.layout.positions.shape
-        kept = self.counts[stage]
-        if self.forced_indices is not None:
-            ranks = self._forced_ranks(self.forced_indices[stage])
-            kept = ranks.shape[1]
-        elif kept == tokens:
-            self.kept.append(self.layout.positions)
-            return stream
-        elif self.config.token_selection == "learned":
-            ranks = self._log_probs(stage, stream)[..., 0].topk(kept, dim=1).indices.sort(dim=1).values
-        else:
-            ranks = self._fixed_ranks(stage, tokens)
-        counts = torch.full((batch,), kept, device=ranks.device)
-        stream, self.layout = self.layout.rearrange(stream, ranks, counts, self.config.cls_token_position)
-        self.kept.append(self.layout.positions)
-        return stream
-
-    def _forced_ranks(self, patches: Tensor) -> Tensor:
-        """Of original patches, `(batch, kept)`, among those that are left."""
-        left = self.layout.positions.contiguous()
-        ranks = torch.searchsorted(left, patches).clamp(max=left.shape[1] - 1)
-        if not torch.compiler.is_compiling() and not torch.equal(left.gather(1, ranks), patches):
-            raise ValueError("`kept_indices` must be ascending patches that no earlier stage has dropped.")
-        return ranks
-
-    def _mark(self, stage: int, stream: Tensor) -> Tensor:
-        """Training: drawn decisions; kept tokens come first, the others stay behind them, masked (dyvm.md 2.4)."""
-        decisions = self._draw(stage, stream)
-        if self.layout.policy is not None:
-            decisions = decisions * self.layout.policy
-        self.decisions.append(decisions)
-        dropped = decisions < 0.5
-        order = dropped.to(torch.uint8).argsort(dim=1, stable=True)
-        counts = decisions.shape[1] - dropped.sum(1)
-        layout = self.layout._replace(policy=decisions)
-        stream, self.layout = layout.rearrange(stream, order, counts, self.config.cls_token_position)
-        self.token_mask = self.layout.row_weights(class_weight=1.0)
-        return stream
-
-    def _draw(self, stage: int, stream: Tensor) -> Tensor:
-        """Which patch tokens to keep, `(batch, patches)` 0 or 1, whatever was decided before."""
-        batch, tokens = self.layout.positions.shape
-        selection = self.config.token_selection
-        if self.forced_indices is not None:
-            return decisions_from(self.forced_indices[stage], tokens).gather(1, self.layout.positions)
-        if selection == "learned":
-            tau = float(self.config.token_gumbel_tau)
-            return sample_decisions(self._log_probs(stage, stream), tau, self.generator)
-        # Kept tokens stand first, so the ranks of those that are left are the first ones.
-        left = self.counts[stage - 1] if stage else tokens
-        if selection == "even":
-            return decisions_from(self._fixed_ranks(stage, left), tokens)
-        noise = sample_exponential((batch, left), stream.device, self.generator)
-        return decisions_from(noise.topk(self.counts[stage], dim=1).indices, tokens)
-
-    def _fixed_ranks(self, stage: int, tokens: int) -> Tensor:
-        seed = f"{self.config.token_selection_seed}-{stage}"
-        ranks = fixed_ranks(self.config.token_selection, tokens, self.counts[stage], seed)
-        return torch.tensor(ranks, device=self.layout.positions.device).expand(len(self.layout.positions), -1)
-
-    def report(self) -> dict[str, Any]:
-        """
-        What was decided.
-
-        Returns:
-            `dict[str, Any]`: The fields of [`DyVMModelOutput`] from `cls_token_index` on.
-        """
-        values: dict[str, Any] = {
-            "cls_token_index": self.layout.class_rows,
-            "token_positions": self.layout.positions,
-        }
-        if self.kept:
-            shares = [positions.shape[1] / self.patches for positions in self.kept]
-            values["kept_indices"] = tuple(self.kept)
-            values["token_keep_ratio"] = torch.tensor(shares, device=self.offsets.device).expand(
-                len(self.layout.positions), -1
-            )
-        if self.decisions:
-            values["token_decisions"] = tuple(self.decisions)
-            values["token_policy"] = self.layout.policy
-            values["token_keep_ratio"] = torch.stack([step.detach().mean(1) for step in self.decisions], dim=1)
-        if self.decided:
-            gates, logits = torch.stack(self.decided, dim=1).unbind(2)
-            values["block_gates"], values["block_gate_logits"] = gates, logits
-            values["block_keep_ratio"] = gates.detach().mean((1, 2))
-        return values
 
 
 class DyVMPreTrainedModel(VimPreTrainedModel):
@@ -386,7 +187,7 @@ class DyVMPreTrainedModel(VimPreTrainedModel):
         """
         Shift the gates so that the wanted share of scans runs in evaluation.
 
-        Training sets the share of gates that are *drawn*; decided without noise, more are open (dyvm.md 3.4). The
+        Training sets the share of gates that are *drawn*; decided without noise, more are open. The
         offsets are stored in the configuration and travel with the model. With a class token the gates of block 0 see
         nothing of the image: they are open for all images or for none, whatever the offset.
 
@@ -413,6 +214,7 @@ class DyVMEncoder(DyVMPreTrainedModel):
     """What [`DyVMModel`] and [`DyVMBackbone`] have beside their Vim."""
 
     block_class = DyVMBlock
+    run_class: type[DyVMRun] = DyVMRun
 
     def __init__(self, config: DyVMConfig):
         super().__init__(config)
@@ -423,31 +225,42 @@ class DyVMEncoder(DyVMPreTrainedModel):
         self._warned = False
         self.post_init()
 
-    def _begin(
+    def begin_run(
         self,
         stream: Tensor,
+        class_positions: tuple[int, ...],
         kept_indices: Sequence[Tensor] | None = None,
         block_gates: Tensor | None = None,
         generator: torch.Generator | None = None,
-    ) -> DyVMPass:
-        """Start a forward pass on the stream before block 0."""
-        self._warn_if_fresh()
-        batch, tokens, _ = stream.shape
-        patches, position = tokens - self.config.num_class_tokens, self.config.cls_token_position
-        self._check_forced(batch, kept_indices, block_gates)
-        layout = TokenLayout.start(batch, patches, position, stream.device)
-        return DyVMPass(
-            self.config, self.score_predictors, self.training, layout, kept_indices, block_gates, generator
-        )
+        **decisions: Any,
+    ) -> DyVMRun:
+        """
+        Start a forward pass that drops tokens and skips scans.
 
-    def _check_forced(self, batch: int, kept_indices: Sequence[Tensor] | None, block_gates: Tensor | None) -> None:
-        stages, blocks = len(self.config.pruning_layers or []), self.config.num_hidden_layers
-        if kept_indices is not None and len(kept_indices) != stages:
-            raise ValueError(
-                f"`kept_indices` needs one (batch, kept) tensor per stage ({stages}); got {len(kept_indices)}."
-            )
-        if block_gates is not None and tuple(block_gates.shape) != (batch, blocks, 2):
-            raise ValueError(f"`block_gates` must be {(batch, blocks, 2)}; got {tuple(block_gates.shape)}.")
+        Args:
+            stream, class_positions, decisions:
+                See [`VimEncoder`].
+            kept_indices, block_gates, generator:
+                See [`DyVMModel`].
+
+        Returns:
+            [`DyVMRun`]
+
+        Raises:
+            ValueError: If forced decisions have the wrong shape.
+        """
+        self._warn_if_fresh()
+        return self.run_class(
+            self.config,
+            stream,
+            class_positions,
+            predictors=self.score_predictors,
+            training=self.training,
+            enabled=self.pruning,
+            kept_indices=kept_indices,
+            block_gates=block_gates,
+            generator=generator,
+        )
 
     def _warn_if_fresh(self) -> None:
         """Once: dropping tokens by predictors that never saw a gradient, whose biases are still zero."""
@@ -466,7 +279,15 @@ class DyVMModel(DyVMEncoder, VimModel):
     Dynamic Vision Mamba without a head (https://huggingface.co/papers/2504.04787).
 
     In evaluation the tokens that a stage drops are gone and a scan runs for the images that want it. In training
-    decisions are drawn, and dropped tokens stay, masked behind the others, which gives the same values.
+    decisions are drawn, and dropped tokens stay, masked behind the others, which gives the same values. [`DyVMRun`]
+    tells how.
+
+    Its `forward` is that of [`VimModel`] with three keywords more:
+
+    - `kept_indices` (`Sequence[Tensor]`): per stage the original patches `(batch, kept)` to keep, ascending, as in the
+      output of an earlier pass, instead of choosing them;
+    - `block_gates` (`Tensor` of shape `(batch, blocks, 2)`): the gates, 0 or 1, instead of deciding them;
+    - `generator` (`torch.Generator`): source of the noise in training; the default generator of the device if unset.
 
     Example:
 
@@ -483,72 +304,14 @@ class DyVMModel(DyVMEncoder, VimModel):
     """
 
     _plain_class = VimModel
-
-    def forward(
-        self,
-        pixel_values: Tensor,
-        interpolate_pos_encoding: bool = False,
-        output_hidden_states: bool | None = None,
-        output_merge_info: bool = False,
-        return_dict: bool | None = None,
-        kept_indices: Sequence[Tensor] | None = None,
-        block_gates: Tensor | None = None,
-        generator: torch.Generator | None = None,
-        **kwargs: Any,
-    ) -> DyVMModelOutput | tuple:
-        """
-        Encode images.
-
-        Args:
-            pixel_values, interpolate_pos_encoding, output_hidden_states, return_dict: See [`VimModel`].
-            output_merge_info (`bool`, *optional*, defaults to `False`): As for a plain Vim, nothing to tell.
-            kept_indices (`Sequence[Tensor]`, *optional*):
-                Per stage the original patches `(batch, kept)` to keep, ascending, instead of choosing them, as in the
-                output of an earlier pass.
-            block_gates (`Tensor` of shape `(batch, blocks, 2)`, *optional*):
-                The gates, 0 or 1, instead of deciding them.
-            generator (`torch.Generator`, *optional*):
-                Source of the noise in training; the default generator of the device if unset.
-
-        Returns:
-            [`DyVMModelOutput`]
-
-        Raises:
-            ValueError: If images have the wrong shape, size or type, or forced decisions the wrong shape.
-        """
-        keep_all = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        stream, _ = self._embed(pixel_values, interpolate_pos_encoding)
-        run = self._begin(stream, kept_indices, block_gates, generator)
-        all_states = [stream]
-        for index, layer in enumerate(self.layers):
-            stream = run.step(index, layer, stream) if self.pruning else layer(stream)[0]
-            if keep_all:
-                all_states.append(stream)
-        stream = self.norm_f(stream)
-        output = DyVMModelOutput(
-            last_hidden_state=stream,
-            pooler_output=self._pool_kept(stream, run.layout),
-            hidden_states=tuple(all_states) if keep_all else None,
-            **run.report(),
-        )
-        as_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if as_dict else output.to_tuple()
-
-    def _pool_kept(self, stream: Tensor, layout: TokenLayout) -> Tensor:
-        """As without dropped tokens; an image may have none left."""
-        if layout.policy is None or self.config.pooling == "cls":
-            return self._pool(stream, layout.class_rows, None)
-        weights = layout.policy.unsqueeze(2)
-        count = weights.sum(1)
-        if self.config.pooling == "mean":
-            return ((stream * weights).sum(1) / count.clamp(min=1)).to(stream.dtype)
-        last = (count.long() - 1).clamp(min=0)
-        return take_rows(stream, last).squeeze(1)
+    output_class = DyVMModelOutput
 
 
 class DyVMForImageClassification(DyVMPreTrainedModel, VimForImageClassification):
     r"""
     Dynamic Vision Mamba with a linear classifier on the class token (https://huggingface.co/papers/2504.04787).
+
+    Its `forward` takes the keywords of [`DyVMModel`] too and returns a [`DyVMImageClassifierOutput`].
 
     Example:
 
@@ -566,53 +329,13 @@ class DyVMForImageClassification(DyVMPreTrainedModel, VimForImageClassification)
     _plain_class = VimForImageClassification
     model_class = DyVMModel
 
-    def forward(
-        self,
-        pixel_values: Tensor,
-        labels: Tensor | None = None,
-        interpolate_pos_encoding: bool = False,
-        output_hidden_states: bool | None = None,
-        output_merge_info: bool = False,
-        return_dict: bool | None = None,
-        kept_indices: Sequence[Tensor] | None = None,
-        block_gates: Tensor | None = None,
-        generator: torch.Generator | None = None,
-        **kwargs: Any,
-    ) -> DyVMImageClassifierOutput | tuple:
-        """
-        Classify images.
+    def _loss(self, logits: Tensor, labels: Tensor, outputs: DyVMModelOutput) -> Tensor:
+        loss = super()._loss(logits, labels, outputs)
+        return loss + sum(ratio_losses(outputs, self.config).values()) if self.training else loss
 
-        Args:
-            pixel_values (`Tensor` of shape `(batch, channels, height, width)`): Normalised images.
-            labels (`Tensor`, *optional*):
-                Class numbers `(batch,)`, or soft targets `(batch, num_labels)` as mixup makes them.
-            interpolate_pos_encoding, output_hidden_states, output_merge_info, return_dict, kept_indices, block_gates,
-            generator:
-                See [`DyVMModel`].
-
-        Returns:
-            [`DyVMImageClassifierOutput`]
-
-        Raises:
-            ValueError: As in [`DyVMModel`], or if soft labels have the wrong number of columns.
-        """
-        outputs = self.vim(
-            pixel_values,
-            interpolate_pos_encoding=interpolate_pos_encoding,
-            output_hidden_states=output_hidden_states,
-            return_dict=True,
-            kept_indices=kept_indices,
-            block_gates=block_gates,
-            generator=generator,
-        )
-        logits = self.classifier(outputs.pooler_output)
-        loss = None if labels is None else self._loss(logits, labels)
-        if loss is not None and self.training:
-            loss = loss + sum(ratio_losses(outputs, self.config).values())
+    def _output(self, loss: Tensor | None, logits: Tensor, outputs: DyVMModelOutput) -> DyVMImageClassifierOutput:
         shared = {name: value for name, value in outputs.items() if name != "pooler_output"}
-        output = DyVMImageClassifierOutput(loss=loss, logits=logits, **shared)
-        as_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if as_dict else output.to_tuple()
+        return DyVMImageClassifierOutput(loss=loss, logits=logits, **shared)
 
     def patch_features(self, outputs: DyVMImageClassifierOutput) -> Tensor:
         """
@@ -650,6 +373,5 @@ __all__ = [
     "DyVMImageClassifierOutput",
     "DyVMModel",
     "DyVMModelOutput",
-    "DyVMPass",
     "DyVMPreTrainedModel",
 ]

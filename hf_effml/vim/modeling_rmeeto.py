@@ -14,6 +14,7 @@ from .configuration_rmeeto import RMeeToVimConfig, merge_schedule, requested_mer
 from .configuration_vim import VimConfig
 from .modeling_vim import VimForImageClassification, VimModel, VimPreTrainedModel
 from .token_reduction import MergeInfo, TokenPlan, bipartite_plan, local_plan, random_plan
+from .vim_run import TokenReducer, VimRun
 from .vit_merging import apply_vit_merging, remove_vit_merging
 
 
@@ -22,7 +23,7 @@ logger = logging.get_logger(__name__)
 
 class TokenMerger:
     """
-    Merges tokens before the blocks that a configuration names: the `token_reducer` of a [`VimModel`].
+    Merges tokens before the blocks that a configuration names: the [`TokenReducer`] of a [`VimModel`].
 
     It holds no parameters and no tensors; what belongs to one forward pass lives in the [`MergeRun`] it starts.
 
@@ -55,33 +56,62 @@ class TokenMerger:
             _warn_of_limits(merges, num_tokens)
         return self._removals[num_tokens]
 
-    def begin(self, hidden_states: Tensor, class_positions: tuple[int, ...]) -> "MergeRun":
+    def begin(self, stream: Tensor, class_positions: tuple[int, ...]) -> "MergeRun":
         """
         Start one forward pass.
 
         Args:
-            hidden_states (`Tensor` of shape `(batch, tokens, hidden_size)`): Tokens before block 0.
-            class_positions (`tuple[int, ...]`): Where the class tokens are.
+            stream (`Tensor` of shape `(batch, tokens, hidden_size)`):
+                Tokens before block 0.
+            class_positions (`tuple[int, ...]`):
+                Where the class tokens are.
 
         Returns:
             [`MergeRun`]
         """
-        return MergeRun(self.config, self.removals(hidden_states.shape[1]), hidden_states, class_positions)
+        return MergeRun(self.config, stream, class_positions, self.removals(stream.shape[1]))
 
 
-class MergeRun:
-    """The merging of one forward pass; `class_positions` and `sizes` describe the tokens at the moment."""
+class MergeRun(VimRun):
+    """
+    One forward pass of R-MeeTo; `class_positions` and `sizes` describe the tokens at the moment.
 
-    def __init__(
-        self, config: RMeeToVimConfig, removals: list[int], hidden_states: Tensor, class_positions: tuple[int, ...]
-    ):
-        self.config = config
+    Args:
+        config ([`RMeeToVimConfig`]):
+            When and how to merge.
+        stream (`Tensor` of shape `(batch, tokens, hidden_size)`):
+            Tokens before block 0.
+        class_positions (`tuple[int, ...]`):
+            Where the class tokens are.
+        removals (`list[int]`):
+            How many tokens are removed before every block.
+    """
+
+    config: RMeeToVimConfig
+
+    def __init__(self, config: RMeeToVimConfig, stream: Tensor, class_positions: tuple[int, ...], removals: list[int]):
+        super().__init__(config, stream, class_positions)
         self.removals = removals
-        self.class_positions: tuple[int, ...] | Tensor = class_positions
         self.sizes: Tensor | None = None
-        self._batch, self._tokens, _ = hidden_states.shape
-        self._device = hidden_states.device
+        self._feature: Tensor | None = None
         self._plans: list[TokenPlan] = []
+
+    def step(self, block: int, layer: nn.Module, stream: Tensor) -> Tensor:
+        """Merge the tokens that the block before found alike, and apply a block; see [`VimRun`]."""
+        stream = self.reduce(block, stream, self._feature)
+        stream, self._feature = layer(stream, feature=self.feature_for(block + 1))
+        return stream
+
+    def pool(self, stream: Tensor, class_rows: Tensor) -> Tensor:
+        """See [`VimRun`]; in the mean a merged token weighs as much as the patches it stands for."""
+        if self.config.pooling != "mean" or self.sizes is None:
+            return super().pool(stream, class_rows)
+        weights = self.sizes / self.sizes.sum(1, keepdim=True)
+        return (stream * weights).sum(1).to(stream.dtype)
+
+    def report(self, detailed: bool = False) -> dict[str, Any]:
+        """The `merge_info` of [`VimModelOutput`], if it is asked for; see [`VimRun`]."""
+        return {"merge_info": self.info()} if detailed else {}
 
     def feature_for(self, block: int) -> str | None:
         """
@@ -145,15 +175,12 @@ class MergeRun:
         Returns:
             [`MergeInfo`]
         """
-        batch, tokens, device = self._batch, self._tokens, self._device
+        batch, tokens, device = self.batch, self.tokens, self.device
         slot = torch.arange(tokens, device=device).expand(batch, -1)
         for plan in self._plans:
             slot = plan.slot.gather(1, slot.clamp(min=0)).masked_fill(slot < 0, -1)
-        positions = self.class_positions
-        if not isinstance(positions, Tensor):
-            positions = torch.tensor(positions, dtype=torch.long, device=device).expand(batch, -1)
         sizes = torch.ones(batch, tokens, 1, device=device) if self.sizes is None else self.sizes
-        return MergeInfo(sizes, slot, positions, merge_schedule(self.config, tokens))
+        return MergeInfo(sizes, slot, self.class_rows(), merge_schedule(self.config, tokens))
 
 
 class _MergingVim(VimPreTrainedModel):
@@ -365,7 +392,7 @@ def _apply(
     reducers = [TokenMerger(_merging_config(vim.config, merge_fields)) for vim in models]
     earlier = [vim.token_reducer for vim in models]
 
-    def set_reducers(values: Sequence[TokenMerger | None]) -> None:
+    def set_reducers(values: Sequence[TokenReducer | None]) -> None:
         for vim, value in zip(models, values, strict=True):
             vim.token_reducer = value
 

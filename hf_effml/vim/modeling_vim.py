@@ -9,11 +9,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
 from .configuration_vim import VimConfig
-from .selective_scan import ScanStream, selective_scan
+from .vim_blocks import (
+    VimBlock,
+    VimConvolution,
+    VimMixer,
+    VimPatchEmbeddings,
+    VimProjection,
+    VimRMSNorm,
+    VimTimeStepProjection,
+)
+from .vim_run import TokenReducer, VimRun
 
 
 @dataclass
@@ -88,213 +96,6 @@ def interpolate_positions(positions: Tensor, cls_indices: list[int], old_grid: t
         return patches
     place = 0 if cls_indices[0] == 0 else patches.shape[1] // 2
     return torch.cat([patches[:, :place], cls_rows[0], patches[:, place:]], dim=1)
-
-
-def _drop_path(hidden_states: Tensor, rate: float, training: bool) -> Tensor:
-    """Zero whole samples with probability `rate` and scale the others up."""
-    if rate == 0.0 or not training:
-        return hidden_states
-    keep = torch.rand(hidden_states.shape[0], 1, 1, device=hidden_states.device) >= rate
-    return hidden_states * (keep / (1 - rate)).to(hidden_states.dtype)
-
-
-class VimRMSNorm(nn.Module):
-    """RMS norm without bias: statistics in float32, the result in the type of the weight."""
-
-    def __init__(self, hidden_size: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(hidden_size))
-        self.eps = eps
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """Normalise the last axis of `(batch, tokens, hidden_size)`."""
-        normed = F.rms_norm(hidden_states.float(), self.weight.shape, self.weight.float(), self.eps)
-        return normed.to(self.weight.dtype)
-
-
-class VimPatchEmbeddings(nn.Module):
-    """Pixels to patch tokens in raster order."""
-
-    def __init__(self, config: VimConfig):
-        super().__init__()
-        self.proj = nn.Conv2d(config.num_channels, config.hidden_size, config.patch_size, stride=config.patch_stride)
-
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        """`(batch, channels, height, width)` to `(batch, patches, hidden_size)`."""
-        return self.proj(pixel_values.to(self.proj.weight.dtype)).flatten(2).mT
-
-
-class VimConvolution(nn.Conv1d):
-    """Depthwise convolution over the tokens up to each one, or from it on if `backwards`."""
-
-    def __init__(self, channels: int, kernel: int, bias: bool, backwards: bool):
-        super().__init__(channels, channels, kernel, groups=channels, bias=bias)
-        self.backwards = backwards
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """`(batch, tokens, channels)` in and out."""
-        # A 2-d convolution of one row takes the channels-last layout as it is; conv1d is ten times slower on a CPU.
-        row = hidden_states.mT.unsqueeze(2)
-        weight = (self.weight.flip(-1) if self.backwards else self.weight).unsqueeze(2)
-        padding = self.kernel_size[0] - 1
-        mixed = F.conv2d(row, weight, self.bias, padding=(0, padding), groups=self.groups).squeeze(2).mT
-        return mixed[:, padding:] if self.backwards else mixed[:, : hidden_states.shape[1]]
-
-
-class VimProjection(nn.Linear):
-    """A linear layer of the mixer. It starts uniform within `init_scale / sqrt(in_features)`, its bias at zero."""
-
-    def __init__(self, in_features: int, out_features: int, bias: bool, init_scale: float = 1.0):
-        super().__init__(in_features, out_features, bias)
-        self.init_scale = init_scale
-
-
-class VimTimeStepProjection(VimProjection):
-    """
-    Step sizes from their low rank, without the bias, which the scan adds in float32; a module, so that adapters can
-    wrap it. With `init_steps` it starts with step sizes between `time_step_min` and `time_step_max`.
-    """
-
-    def __init__(self, rank: int, channels: int, init_steps: bool):
-        super().__init__(rank, channels, bias=True)
-        self.init_steps = init_steps
-
-    def forward(self, low_rank: Tensor) -> Tensor:
-        """`(batch, tokens, rank)` to `(batch, tokens, inner)`, without the bias."""
-        return F.linear(low_rank, self.weight)
-
-
-class VimMixer(nn.Module):
-    """
-    The bidirectional Mamba mixer (vim.md 2.3): shared projections, and a convolution, selection and scan per
-    direction.
-
-    Parameters carry the official names; those of the backward direction end in `_b`.
-    """
-
-    def __init__(self, config: VimConfig):
-        super().__init__()
-        inner, rank, states = config.intermediate_size, int(config.time_step_rank), config.state_size
-        self.divide_output = config.divide_output
-        self.selection_sizes = [rank, states, states]
-        self.in_proj = VimProjection(config.hidden_size, 2 * inner, config.use_bias)
-        for suffix in ("", "_b"):
-            conv = VimConvolution(inner, config.conv_kernel, config.use_conv_bias, backwards=bool(suffix))
-            setattr(self, f"conv1d{suffix}", conv)
-            setattr(self, f"x_proj{suffix}", VimProjection(inner, rank + 2 * states, bias=False))
-            init_steps = config.symmetric_dt_init or not suffix
-            setattr(self, f"dt_proj{suffix}", VimTimeStepProjection(rank, inner, init_steps))
-            setattr(self, f"A{suffix}_log", nn.Parameter(torch.empty(inner, states)))
-            setattr(self, f"D{suffix}", nn.Parameter(torch.empty(inner)))
-        # One residual branch per block: its last projection is scaled down by the depth.
-        scale = config.num_hidden_layers**-0.5
-        self.out_proj = VimProjection(inner, config.hidden_size, config.use_bias, init_scale=scale)
-        gamma = config.layer_scale_init_value
-        self.gamma = None if gamma is None else nn.Parameter(torch.full((config.hidden_size,), float(gamma)))
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        token_mask: Tensor | None = None,
-        direction_gates: Tensor | None = None,
-        feature: str | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """
-        Mix tokens along the sequence, in both directions.
-
-        Args:
-            hidden_states (`Tensor` of shape `(batch, tokens, hidden_size)`): Normalised tokens.
-            token_mask (`Tensor` of shape `(batch, tokens)`, *optional*):
-                Factors on the tokens before and after the convolution; 0 hides a token from its neighbours.
-            direction_gates (`Tensor` of shape `(batch, 2)`, *optional*):
-                Factors on the forward and the backward output.
-            feature (`str`, *optional*):
-                Also return `"B"`, `"C"` `(batch, tokens, states)` or `"delta"` (the step size before bias and
-                softplus, `(batch, tokens, inner)`): the mean of the two directions, in sequence order.
-
-        Returns:
-            `tuple[Tensor, Tensor | None]`: The output `(batch, tokens, hidden_size)` and the feature, if asked for.
-        """
-        u, z = self.in_proj(hidden_states).chunk(2, dim=-1)
-        y, streams = self._scan(u, token_mask, direction_gates)
-        return self._output(y, z), self._feature(streams, feature)
-
-    def _scan(
-        self, u: Tensor, token_mask: Tensor | None, direction_gates: Tensor | None
-    ) -> tuple[Tensor, list[ScanStream]]:
-        """Both directions of all images: the sum of their outputs, and what was scanned."""
-        if token_mask is not None:
-            token_mask = token_mask.unsqueeze(-1).to(u.dtype)
-            u = u * token_mask
-        streams = [self._stream(u, suffix, token_mask) for suffix in ("", "_b")]
-        forward_y, backward_y = selective_scan(*streams)
-        if direction_gates is not None:
-            gates = direction_gates.to(u.dtype).unsqueeze(-1).unsqueeze(-1)
-            forward_y, backward_y = forward_y * gates[:, 0], backward_y * gates[:, 1]
-        return forward_y + backward_y, streams
-
-    def _output(self, y: Tensor, z: Tensor) -> Tensor:
-        """Gate the sum of the directions and project it back."""
-        output = self.out_proj(y * F.silu(z))
-        if self.divide_output:
-            output = output * 0.5
-        return output if self.gamma is None else output * self.gamma
-
-    def _stream(self, u: Tensor, suffix: str, token_mask: Tensor | None) -> ScanStream:
-        """Convolution and selection of one direction, in sequence order; only the scan itself runs backwards."""
-        x = F.silu(getattr(self, f"conv1d{suffix}")(u))
-        if token_mask is not None:
-            x = x * token_mask
-        low_rank, B, C = getattr(self, f"x_proj{suffix}")(x).split(self.selection_sizes, dim=-1)
-        dt_proj = getattr(self, f"dt_proj{suffix}")
-        dt = dt_proj(low_rank)
-        A = -torch.exp(getattr(self, f"A{suffix}_log").float())
-        return ScanStream(x, dt, A, B, C, getattr(self, f"D{suffix}"), dt_proj.bias, reverse=bool(suffix))
-
-    def _feature(self, streams: list[ScanStream], name: str | None) -> Tensor | None:
-        if name is None:
-            return None
-        both = [stream.dt if name == "delta" else getattr(stream, name) for stream in streams]
-        return (both[0] + both[1]) * (0.5 if self.divide_output else 1.0)
-
-
-class VimBlock(GradientCheckpointingLayer):
-    """One block on the plain residual stream: `x + drop_path(mixer(norm(x)))`."""
-
-    mixer_class: type[VimMixer] = VimMixer
-
-    def __init__(self, config: VimConfig, drop_path_rate: float):
-        super().__init__()
-        self.norm = VimRMSNorm(config.hidden_size, config.layer_norm_eps)
-        self.mixer = self.mixer_class(config)
-        self.drop_path_rate = drop_path_rate
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        token_mask: Tensor | None = None,
-        direction_gates: Tensor | None = None,
-        feature: str | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """
-        Apply the block.
-
-        Args:
-            hidden_states (`Tensor` of shape `(batch, tokens, hidden_size)`): Residual stream; any number of tokens.
-            token_mask, direction_gates: See [`VimMixer`].
-            feature (`str`, *optional*):
-                `"hidden"` also returns the mixer's output before the addition; others, see [`VimMixer`].
-
-        Returns:
-            `tuple[Tensor, Tensor | None]`: The new residual stream and the feature, if asked for.
-        """
-        selection = None if feature == "hidden" else feature
-        mixed, value = self.mixer(self.norm(hidden_states), token_mask, direction_gates, selection)
-        mixed = mixed.to(hidden_states.dtype)
-        return self._add(hidden_states, mixed), mixed if feature == "hidden" else value
-
-    def _add(self, hidden_states: Tensor, mixed: Tensor) -> Tensor:
-        return hidden_states + _drop_path(mixed.to(hidden_states.dtype), self.drop_path_rate, self.training)
 
 
 class VimPreTrainedModel(PreTrainedModel):
@@ -393,6 +194,23 @@ class VimEncoder(VimPreTrainedModel):
         """The patch projection."""
         return self.patch_embed
 
+    def begin_run(self, stream: Tensor, class_positions: tuple[int, ...], **decisions: Any) -> VimRun:
+        """
+        Start a forward pass through the blocks; a model of a method that changes it says how here.
+
+        Args:
+            stream (`Tensor` of shape `(batch, tokens, hidden_size)`):
+                Tokens before block 0.
+            class_positions (`tuple[int, ...]`):
+                Where the class token(s) are among them.
+            decisions (`dict`, *optional*):
+                What the caller of `forward` passed beside its named arguments. Nothing here looks at it.
+
+        Returns:
+            [`VimRun`]
+        """
+        return VimRun(self.config, stream, class_positions)
+
     def _cls_indices(self, patches: int) -> list[int]:
         places = {"none": [], "head": [0], "middle": [patches // 2], "double": [0, patches + 1]}
         return places[self.config.cls_token_position]
@@ -402,7 +220,7 @@ class VimEncoder(VimPreTrainedModel):
         rows, columns = ((n - config.patch_size) // config.patch_stride + 1 for n in pixel_values.shape[-2:])
         return rows, columns
 
-    def _embed(self, pixel_values: Tensor, interpolate_pos_encoding: bool) -> tuple[Tensor, list[int]]:
+    def _embed(self, pixel_values: Tensor, interpolate_pos_encoding: bool) -> tuple[Tensor, tuple[int, ...]]:
         """Pixels to the residual stream before block 0, and the places of the class token(s) in it."""
         self._check_pixels(pixel_values, interpolate_pos_encoding)
         tokens = self.patch_embed(pixel_values)
@@ -420,7 +238,7 @@ class VimEncoder(VimPreTrainedModel):
             grid = self._grid(pixel_values)
             tokens = tokens + interpolate_positions(self.pos_embed, old_indices, self.config.grid_size, grid)
         tokens = self.dropout(tokens).contiguous()
-        return (tokens.float() if self.config.residual_in_fp32 else tokens), self._cls_indices(patches)
+        return (tokens.float() if self.config.residual_in_fp32 else tokens), tuple(self._cls_indices(patches))
 
     def _check_pixels(self, pixel_values: Tensor, interpolate_pos_encoding: bool) -> None:
         config = self.config
@@ -461,13 +279,20 @@ class VimModel(VimEncoder):
     ```
     """
 
+    output_class: type[VimModelOutput] = VimModelOutput
+
     def __init__(self, config: VimConfig):
         super().__init__(config)
         self.norm_f = VimRMSNorm(config.hidden_size, config.layer_norm_eps)
-        # Set by token merging: an object whose `begin` returns the reduction of one forward pass (see
-        # modeling_rmeeto.py).
-        self.token_reducer: Any = None
+        # Set by `apply_token_merging`, also on a model that was loaded as a plain Vim.
+        self.token_reducer: TokenReducer | None = None
         self.post_init()
+
+    def begin_run(self, stream: Tensor, class_positions: tuple[int, ...], **decisions: Any) -> VimRun:
+        """See [`VimEncoder`]; the `token_reducer` starts the pass if there is one."""
+        if self.token_reducer is not None:
+            return self.token_reducer.begin(stream, class_positions)
+        return super().begin_run(stream, class_positions, **decisions)
 
     def forward(
         self,
@@ -476,62 +301,49 @@ class VimModel(VimEncoder):
         output_hidden_states: bool | None = None,
         output_merge_info: bool = False,
         return_dict: bool | None = None,
-        **kwargs: Any,
+        **decisions: Any,
     ) -> VimModelOutput | tuple:
         """
         Encode images.
 
         Args:
-            pixel_values (`Tensor` of shape `(batch, channels, height, width)`): Normalised images.
+            pixel_values (`Tensor` of shape `(batch, channels, height, width)`):
+                Normalised images.
             interpolate_pos_encoding (`bool`, *optional*, defaults to `False`):
                 Accept other sizes than `config.image_size`.
-            output_hidden_states (`bool`, *optional*): Also return the residual stream after every block.
-            output_merge_info (`bool`, *optional*, defaults to `False`): Also return what token merging did.
-            return_dict (`bool`, *optional*): `False` returns a plain tuple.
+            output_hidden_states (`bool`, *optional*):
+                Also return the residual stream after every block.
+            output_merge_info (`bool`, *optional*, defaults to `False`):
+                Also return what token merging did.
+            return_dict (`bool`, *optional*):
+                `False` returns a plain tuple.
+            decisions (`dict`, *optional*):
+                Passed on to `begin_run`: a [`DyVMModel`] takes its decisions from there, a plain Vim nothing.
 
         Returns:
-            [`VimModelOutput`]
+            [`VimModelOutput`], or the `output_class` of a method's model.
 
         Raises:
-            ValueError: If images have the wrong shape, size or type.
+            ValueError: If images have the wrong shape, size or type, or decisions the wrong shape.
         """
         keep_all = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        hidden_states, cls_indices = self._embed(pixel_values, interpolate_pos_encoding)
-        run = self.token_reducer.begin(hidden_states, tuple(cls_indices)) if self.token_reducer is not None else None
-        all_states, feature = [hidden_states], None
-        for index, layer in enumerate(self.layers):
-            if run is not None:
-                hidden_states = run.reduce(index, hidden_states, feature)
-            wanted = run.feature_for(index + 1) if run is not None else None
-            hidden_states, feature = layer(hidden_states, feature=wanted)
+        stream, class_positions = self._embed(pixel_values, interpolate_pos_encoding)
+        run = self.begin_run(stream, class_positions, **decisions)
+        all_states = [stream]
+        for block, layer in enumerate(self.layers):
+            stream = run.step(block, layer, stream)
             if keep_all:
-                all_states.append(hidden_states)
-        hidden_states = self.norm_f(hidden_states)
-        positions = run.class_positions if run is not None else tuple(cls_indices)
-        if not isinstance(positions, Tensor):
-            positions = torch.tensor(positions, dtype=torch.long, device=hidden_states.device)
-            positions = positions.expand(hidden_states.shape[0], -1)
-        output = VimModelOutput(
-            last_hidden_state=hidden_states,
-            pooler_output=self._pool(hidden_states, positions, run.sizes if run is not None else None),
+                all_states.append(stream)
+        stream, class_rows = self.norm_f(stream), run.class_rows()
+        output = self.output_class(
+            last_hidden_state=stream,
+            pooler_output=run.pool(stream, class_rows),
             hidden_states=tuple(all_states) if keep_all else None,
-            cls_token_index=positions,
-            merge_info=run.info() if run is not None and output_merge_info else None,
+            cls_token_index=class_rows,
+            **run.report(detailed=output_merge_info),
         )
         as_dict = self.config.return_dict if return_dict is None else return_dict
         return output if as_dict else output.to_tuple()
-
-    def _pool(self, hidden_states: Tensor, cls_positions: Tensor, sizes: Tensor | None) -> Tensor:
-        """The class token (the mean of two), or the size-weighted mean or last of the patches."""
-        if self.config.pooling == "cls":
-            index = cls_positions.unsqueeze(-1).expand(-1, -1, hidden_states.shape[-1])
-            return hidden_states.gather(1, index).mean(1)
-        if self.config.pooling == "last":
-            return hidden_states[:, -1]
-        if sizes is None:
-            return hidden_states.mean(1)
-        weights = sizes / sizes.sum(1, keepdim=True)
-        return (hidden_states * weights).sum(1).to(hidden_states.dtype)
 
 
 class VimForImageClassification(VimPreTrainedModel):
@@ -567,22 +379,24 @@ class VimForImageClassification(VimPreTrainedModel):
         output_hidden_states: bool | None = None,
         output_merge_info: bool = False,
         return_dict: bool | None = None,
-        **kwargs: Any,
+        **decisions: Any,
     ) -> VimImageClassifierOutput | tuple:
         """
         Classify images.
 
         Args:
-            pixel_values (`Tensor` of shape `(batch, channels, height, width)`): Normalised images.
+            pixel_values (`Tensor` of shape `(batch, channels, height, width)`):
+                Normalised images.
             labels (`Tensor`, *optional*):
                 Class numbers `(batch,)`, or soft targets `(batch, num_labels)` as mixup makes them.
-            interpolate_pos_encoding, output_hidden_states, output_merge_info, return_dict: See [`VimModel`].
+            interpolate_pos_encoding, output_hidden_states, output_merge_info, return_dict, decisions:
+                See [`VimModel`].
 
         Returns:
-            [`VimImageClassifierOutput`]
+            [`VimImageClassifierOutput`], or what a method's model returns.
 
         Raises:
-            ValueError: If images have the wrong shape, size or type, or soft labels the wrong number of columns.
+            ValueError: As in [`VimModel`], or if soft labels have the wrong number of columns.
         """
         outputs = self.vim(
             pixel_values,
@@ -590,24 +404,24 @@ class VimForImageClassification(VimPreTrainedModel):
             output_hidden_states=output_hidden_states,
             output_merge_info=output_merge_info,
             return_dict=True,
+            **decisions,
         )
         logits = self.classifier(outputs.pooler_output)
-        output = VimImageClassifierOutput(
-            loss=None if labels is None else self._loss(logits, labels),
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            merge_info=outputs.merge_info,
-        )
+        loss = None if labels is None else self._loss(logits, labels, outputs)
+        output = self._output(loss, logits, outputs)
         as_dict = self.config.return_dict if return_dict is None else return_dict
         return output if as_dict else output.to_tuple()
 
-    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def _loss(self, logits: Tensor, labels: Tensor, outputs: VimModelOutput) -> Tensor:
         if labels.is_floating_point() and labels.shape != logits.shape:
             raise ValueError(
                 f"Floating-point `labels` are soft targets of shape {tuple(logits.shape)}; got "
                 f"{tuple(labels.shape)}. Pass class numbers as integers."
             )
         return F.cross_entropy(logits.float(), labels)
+
+    def _output(self, loss: Tensor | None, logits: Tensor, outputs: VimModelOutput) -> VimImageClassifierOutput:
+        return VimImageClassifierOutput(loss, logits, outputs.hidden_states, outputs.merge_info)
 
 
 __all__ = [

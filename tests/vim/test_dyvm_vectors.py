@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from hf_effml import DyVMConfig, DyVMForImageClassification, VimConfig, VimForImageClassification
-from hf_effml.vim import modeling_dyvm, token_selection
+from hf_effml.vim import dyvm_run, token_selection
 from hf_effml.vim.dyvm_losses import distillation_losses, patch_features, ratio_losses
 
 
@@ -87,7 +87,7 @@ def recorded_noise(monkeypatch):
             assert tuple(drawn.shape) == tuple(shape)
             return drawn
 
-        for module in (modeling_dyvm, token_selection):
+        for module in (dyvm_run, token_selection):
             monkeypatch.setattr(module, "sample_exponential", sample)
         return queue
 

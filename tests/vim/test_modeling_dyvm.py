@@ -17,7 +17,7 @@ from hf_effml import (
     VimModel,
     apply_token_merging,
 )
-from hf_effml.vim import modeling_dyvm, token_selection
+from hf_effml.vim import dyvm_run, modeling_dyvm, token_selection
 from hf_effml.vim.direction_gates import Gating
 from hf_effml.vim.dyvm_losses import ratio_losses
 from hf_effml.vim.token_selection import TokenLayout
@@ -320,13 +320,13 @@ def test_ratio_losses_reach_their_targets():
 @every_position
 def test_images_that_keep_no_token(position, monkeypatch):
     model = build(**position).train()
-    drawn = modeling_dyvm.sample_decisions
+    drawn = dyvm_run.sample_decisions
 
     def draw(log_probs, tau, generator):
         factors = torch.tensor([0.0, 1.0, 1.0]).unsqueeze(1)
         return drawn(log_probs, tau, generator) * factors
 
-    monkeypatch.setattr(modeling_dyvm, "sample_decisions", draw)
+    monkeypatch.setattr(dyvm_run, "sample_decisions", draw)
     output = model(pixels(model.config, 3), labels=torch.tensor([0, 1, 0]))
     assert output.token_policy[0].sum() == 0 and output.token_policy[1].sum() > 0
     assert output.logits.isfinite().all()

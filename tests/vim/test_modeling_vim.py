@@ -17,7 +17,8 @@ from hf_effml import (
     VimModel,
     selective_scan_reference,
 )
-from hf_effml.vim.modeling_vim import VimBlock, VimMixer, interpolate_positions
+from hf_effml.vim.modeling_vim import interpolate_positions
+from hf_effml.vim.vim_blocks import VimBlock, VimMixer
 
 
 def build(model_class=VimForImageClassification, **fields):
@@ -229,13 +230,13 @@ def test_mixer_by_definition(divide_output):
         (forward, backward), features = mix_by_definition(mixer, normed, mask.unsqueeze(-1))
         wanted = gates[:, 0].view(2, 1, 1) * forward + gates[:, 1].view(2, 1, 1) * backward
         wanted = mixer.out_proj(wanted) * share * mixer.gamma
-        output, nothing = block(given, mask, gates)
+        output, nothing = block(given, mask, direction_gates=gates)
         assert nothing is None
         assert_close(output, given + wanted, 1e-5)
-        hidden = block(given, mask, gates, feature="hidden")[1]
+        hidden = block(given, mask, direction_gates=gates, feature="hidden")[1]
         assert_close(hidden, wanted, 1e-5)
         for name, width in (("B", 4), ("C", 4), ("delta", 32)):
-            same, feature = block(given, mask, gates, feature=name)
+            same, feature = block(given, mask, direction_gates=gates, feature=name)
             assert feature.shape == (2, 9, width)
             assert_close(same, output)
             assert_close(feature, (features[0][name] + features[1][name]) * share, 1e-5)

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from hf_effml import ScanStream, VimConfig, VimForImageClassification, selective_scan, selective_scan_reference
-from hf_effml.vim.modeling_vim import VimMixer
+from hf_effml.vim.vim_blocks import VimMixer
 
 
 VECTORS = Path(__file__).parents[1] / "vectors" / "vim"
