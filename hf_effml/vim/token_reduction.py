@@ -341,8 +341,8 @@ class _Split(NamedTuple):
         if isinstance(protected, Tensor):
             places = (protected.unsqueeze(1) if protected.dim() == 1 else protected).sort(dim=1).values
             free = torch.arange(tokens - places.shape[1], device=metric.device).expand(batch, -1)
-            for column in places.split(1, dim=1):
-                free = free + (free >= column)
+            for place in places.unbind(1):
+                free = free + (free >= place.unsqueeze(1))
             return cls(batch, tokens, min(r, free.shape[1] // 2), places, free, first_source)
         given = () if protected is None else (protected,) if isinstance(protected, int) else protected
         positions = tuple(sorted(given))

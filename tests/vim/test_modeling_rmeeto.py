@@ -169,7 +169,8 @@ def test_context_restores_the_earlier_setting():
 
 
 def plain_twin(model):
-    twin = build(VimForImageClassification)
+    fields = {"cls_token_position": model.config.cls_token_position, "pooling": model.config.pooling}
+    twin = build(VimForImageClassification, **fields)
     twin.load_state_dict(model.state_dict())
     return twin
 
@@ -257,6 +258,13 @@ def test_other_image_sizes(cls_token_position, side):
     assert output.merge_info.tokens_per_layer == merge_schedule(model.config, tokens)
     assert output.merge_info.slot.shape == (2, tokens)
     assert output.logits.isfinite().all()
+
+
+def test_exact_places_without_class_token():
+    """Then nothing is protected, and both rules are the same."""
+    official = build(merge_r=3, cls_token_position="none", pooling="mean")
+    exact = RMeeToVimForImageClassification.from_vim(plain_twin(official), merge_r=3, merge_class_position="exact")
+    assert torch.equal(logits(exact), logits(official))
 
 
 # What is reported
