@@ -26,6 +26,8 @@ class Method:
             Tags of its models and data sets on the Hub, without the paper's.
         classes (`tuple[str, ...]`, *optional*, defaults to `()`):
             Public names of `hf_effml` to start from. Empty while the method is not in this package yet.
+        builds_on (`tuple[str, ...]`, *optional*, defaults to `()`):
+            Keywords of what it stands on; cards cite those papers too.
     """
 
     key: str
@@ -37,6 +39,7 @@ class Method:
     summary: str
     tags: tuple[str, ...]
     classes: tuple[str, ...] = ()
+    builds_on: tuple[str, ...] = ()
 
     @property
     def available(self) -> bool:
@@ -74,6 +77,7 @@ METHODS = (
         summary="Drops the least useful patch tokens of a Vision Mamba and skips whole scans, image by image.",
         tags=("vision-mamba", "dyvm", "token-pruning", "image-classification"),
         classes=("DyVMForImageClassification", "DyVMTrainer", "DyVMConfig"),
+        builds_on=("vim",),
     ),
     Method(
         key="rmeeto",
@@ -85,6 +89,7 @@ METHODS = (
         summary="Merges similar tokens inside a trained Vision Mamba and re-trains it for minutes.",
         tags=("vision-mamba", "rmeeto", "token-merging", "image-classification"),
         classes=("RMeeToVimForImageClassification", "RMeeToTrainer", "apply_token_merging"),
+        builds_on=("vim",),
     ),
     Method(
         key="token-router",
@@ -107,6 +112,7 @@ METHODS = (
         summary="Distils complex images, the gradient on what tells classes apart; with the Comp-DD benchmark.",
         tags=("dataset-distillation", "edf", "comp-dd"),
         classes=("EDFTrainer", "DistilledDatasetModel", "evaluate_distilled"),
+        builds_on=("mtt", "datm"),
     ),
     Method(
         key="pad",
@@ -118,6 +124,7 @@ METHODS = (
         summary="Distils a data set from experts on data of fitting difficulty, matching deep layers only.",
         tags=("dataset-distillation", "pad"),
         classes=("PADTrainer", "DistilledDatasetModel", "DataCurriculum"),
+        builds_on=("mtt", "datm"),
     ),
     Method(
         key="mmfl",
@@ -143,7 +150,7 @@ METHODS = (
     ),
 )
 
-# The model that DyVM and R-MeeTo start from; not one of the seven.
+# What the seven stand on.
 VIM = Method(
     key="vim",
     name="Vim",
@@ -155,14 +162,38 @@ VIM = Method(
     tags=("vision-mamba", "image-classification"),
     classes=("VimForImageClassification", "VimModel", "VimBackbone", "VimTrainer"),
 )
+FOUNDATIONS = (
+    VIM,
+    Method(
+        key="mtt",
+        name="MTT",
+        title="Dataset Distillation by Matching Training Trajectories",
+        paper="2203.11932",
+        authors="Cazenavette, George and Wang, Tongzhou and Torralba, Antonio and Efros, Alexei A. and Zhu, Jun-Yan",
+        year=2022,
+        summary="Makes a student that trains on synthetic images go where experts went.",
+        tags=("dataset-distillation",),
+    ),
+    Method(
+        key="datm",
+        name="DATM",
+        title="Towards Lossless Dataset Distillation via Difficulty-Aligned Trajectory Matching",
+        paper="2310.05773",
+        authors="Guo, Ziyao and Wang, Kai and Cazenavette, George and Li, Hui and Zhang, Kaipeng and You, Yang",
+        year=2023,
+        summary="Matches trajectories from their easy beginning on, with soft labels that are learned.",
+        tags=("dataset-distillation",),
+        builds_on=("mtt",),
+    ),
+)
 
 
 def get_method(key: str) -> Method:
-    """Finds a method, or Vim, by its keyword.
+    """Finds a method, or what one stands on, by its keyword.
 
     Args:
         key (`str`):
-            One of the `key`s of `METHODS`, or `"vim"`.
+            One of the `key`s of `METHODS` or `FOUNDATIONS`.
 
     Returns:
         `Method`: the entry.
@@ -176,7 +207,23 @@ def get_method(key: str) -> Method:
     '2412.12496'
     ```
     """
-    for method in (*METHODS, VIM):
+    for method in (*METHODS, *FOUNDATIONS):
         if method.key == key:
             return method
-    raise ValueError(f"`{key}` is no method; choose one of {', '.join(m.key for m in (*METHODS, VIM))}.")
+    raise ValueError(f"`{key}` is no method; choose one of {', '.join(m.key for m in (*METHODS, *FOUNDATIONS))}.")
+
+
+def get_papers(key: str | None) -> list[Method]:
+    """Lists what to cite for a method: its own paper first, then those it stands on.
+
+    Args:
+        key (`str`, *optional*):
+            Keyword of the method.
+
+    Returns:
+        `list[Method]`: the papers; empty without a method.
+    """
+    if key is None:
+        return []
+    own = get_method(key)
+    return [own, *(get_method(other) for other in own.builds_on)]

@@ -259,7 +259,8 @@ def _check_validation(data: "RealImageData", fingerprint: str | None) -> None:
 
 
 def _add_to_card(folder: str, reports: "Sequence[EvaluationReport]", data: str) -> Path:
-    from hf_effml.hub import add_evaluations, add_results
+    from hf_effml.distillation.card import add_evaluations
+    from hf_effml.hub import add_results
 
     if Path(folder, "distillation.json").is_file():
         return add_evaluations(folder, [report.to_dict() for report in reports])

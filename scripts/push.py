@@ -1,4 +1,4 @@
-"""Uploads the folder of a model or of a distilled data set with its card.
+"""Uploads the folder of a model, a distilled data set or a bank of experts with its card.
 
 Example: `hf-effml push rmeeto-smoke alice/rmeeto-smoke --private`
 """
@@ -13,12 +13,17 @@ from hf_effml.cli.parsing import parse_arguments, run_script
 class PushArguments:
     """What to upload, and where to."""
 
-    folder: str = field(metadata={"help": "Folder of a model, or of a distilled data set.", "positional": True})
+    folder: str = field(
+        metadata={"help": "Folder that a Trainer, `save_pretrained` or a program here wrote.", "positional": True}
+    )
     repo: str = field(metadata={"help": "Hub id to push to: namespace/name.", "positional": True})
     private: bool = field(default=False, metadata={"help": "Make a new repository private."})
     revision: str | None = field(default=None, metadata={"help": "Branch to commit to; made when it does not exist."})
     create_pr: bool = field(default=False, metadata={"help": "Open a pull request instead of committing."})
     commit_message: str | None = field(default=None, metadata={"help": "First line of the commit."})
+    license: str | None = field(
+        default=None, metadata={"help": "License to name on the card, a keyword of the Hub such as apache-2.0."}
+    )
 
 
 def main(argv: list[str] | None = None) -> dict[str, object]:
@@ -33,6 +38,7 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
         revision=args.revision,
         create_pr=args.create_pr,
         commit_message=args.commit_message,
+        license=args.license,
     )
     print(f"Pushed {args.folder}: {commit.pr_url or commit.commit_url}")
     return {"repo": args.repo, "commit": commit.oid, "url": commit.commit_url, "pull_request": commit.pr_url}

@@ -13,23 +13,8 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = ("hf_effml", "trainers", "scripts", "hub_cards")
 FILES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 SUBJECTS = {"distillation", "token_router", "vim"}
-PORTABLE = {"token_router", "vim"}
-# What a saved ConvNet, image processor or synthetic set carries along.
-PORTABLE_FILES = {
-    f"hf_effml/distillation/{name}.py"
-    for name in (
-        "configuration_convnet",
-        "configuration_distilled_dataset",
-        "differentiable_augmentation",
-        "flat_student",
-        "image_pixels",
-        "image_processing_zca",
-        "matching",
-        "modeling_convnet",
-        "modeling_distilled_dataset",
-        "unroll",
-    )
-}
+# Files that a saved model, configuration or image processor carries along begin with these, and import siblings.
+CARRIED = ("backbone_", "configuration_", "image_processing_", "modeling_")
 # A room of distillation may import those before it; what lies flat imports none of them.
 DISTILLATION_ROOMS = ("bank", "evaluation", "publishing")
 PORTABLE_PACKAGES = {"PIL", "huggingface_hub", "numpy", "safetensors", "torch", "transformers"}
@@ -40,9 +25,8 @@ TRAINER_BASES = {"hf_effml.trainers.base", "hf_effml.trainers.trajectory_matchin
 MAY_IMPORT = {
     "utils": set(),
     "methods": set(),
-    "distillation": {"utils"},
-    "token_router": set(),
-    "vim": set(),
+    # Of them, only what is not carried along by a saved model.
+    **dict.fromkeys(SUBJECTS, {"hub", "methods", "utils"}),
     "hub": {"utils", "methods"},
     "hub_cards": set(),
     "trainers": SUBJECTS | {"hub", "methods", "utils"},
@@ -73,8 +57,15 @@ def _imports(path: Path) -> Iterator[tuple[str, list[str], ast.stmt]]:
             yield name, [alias.name for alias in node.names], node
 
 
-def _is_portable(path: Path) -> bool:
-    return path.parent.name in PORTABLE or _identifier(path) in PORTABLE_FILES
+def _portable() -> list[Path]:
+    """What saved folders carry along, siblings of siblings too."""
+    found = [path for path in FILES if path.parent.name in SUBJECTS and path.name.startswith(CARRIED)]
+    for path in found:
+        siblings = {
+            path.parent / f"{node.module}.py" for _, _, node in _imports(path) if getattr(node, "level", 0) == 1
+        }
+        found += sorted(siblings - {*found})
+    return found
 
 
 def _identifier(path: Path) -> str:
@@ -108,7 +99,16 @@ def test_rooms_of_distillation(path):
     later = set(order[order.index(room) + 1 :])
     imported = {name.split(".")[2] for name, _, _ in _imports(path) if name.startswith("hf_effml.distillation.")}
     # The front door lists what all of them offer.
-    assert path.name == "__init__.py" or not imported & later, imported
+    assert path.name in ("__init__.py", "card.py") or not imported & later, imported
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "hf_effml" / "hub").glob("*.py")), ids=_identifier)
+def test_hub_names_no_subject(path):
+    """A subject says in its `card.py` what its folders are."""
+    named = re.findall(
+        r"\b(?:\w*(?:distill|router|convnet|vim|rmeeto|dyvm)\w*|pad|edf)\b", path.read_text(), re.IGNORECASE
+    )
+    assert not named, named
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "hf_effml" / "cli").glob("*.py")), ids=_identifier)
@@ -120,7 +120,7 @@ def test_cli_imports_nothing_heavy(path):
             assert name.partition(".")[0] in sys.stdlib_module_names | {"hf_effml"}, name
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if _is_portable(path)], ids=_identifier)
+@pytest.mark.parametrize("path", _portable(), ids=_identifier)
 def test_portable_folders(path):
     source = path.read_text()
     tree = ast.parse(source)

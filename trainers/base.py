@@ -1,5 +1,6 @@
 """What all trainers share: the model card, where to resume, averages in the log, and which parameters decay."""
 
+import copy
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -13,8 +14,10 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from transformers.utils import logging
 
-from hf_effml.hub import CardResult, write_model_card
-from hf_effml.methods import METHODS, VIM
+from hf_effml.hub import CardResult, write_card
+from hf_effml.hub.training_log import CURVE_NAME, draw_log
+from hf_effml.methods import FOUNDATIONS, METHODS
+from hf_effml.utils.imports import usable
 
 
 logger = logging.get_logger(__name__)
@@ -45,8 +48,11 @@ class EffMLTrainer(Trainer):
     are tags for the Hub besides those listed there.
 
     Facts for the card that only the program knows, such as `evaluated_on`, `base_model` or measured `results`, go into
-    the attribute `card_facts`. They are keyword arguments of [`~hf_effml.hub.render_model_card`] and take precedence
-    over what the trainer finds out by itself.
+    the attribute `card_facts`. They are keyword arguments of [`~hf_effml.hub.ModelFolder`] and take precedence over
+    what the trainer finds out by itself.
+
+    The arguments are copied: what a trainer derives from model and data stays in `trainer.args`, and the caller's
+    object serves for the next run.
 
     Example:
 
@@ -60,10 +66,10 @@ class EffMLTrainer(Trainer):
     _paper: str | None = None
     _tags: Sequence[str] = ()
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(self, model: Any = None, args: TrainingArguments | None = None, *others: Any, **kwargs: Any):
         self.card_facts: dict[str, Any] = {}
         self._sums: dict[str, Tensor] = {}
-        super().__init__(*args, **kwargs)
+        super().__init__(model, copy.copy(args), *others, **kwargs)
 
     def find_checkpoint(self, resume_from_checkpoint: str | bool | None) -> str | None:
         """Says where a run goes on from.
@@ -154,7 +160,7 @@ class EffMLTrainer(Trainer):
             model_name (`str`, *optional*):
                 Name of the model. Defaults to the repository it is pushed to, or the folder's name.
             license (`str`, *optional*):
-                License of the weights. Defaults to Apache 2.0 for a model trained from scratch.
+                License of the weights, a keyword of the Hub. The card names none unless it is given.
             tags (`str` or `list[str]`, *optional*):
                 Further tags.
             finetuned_from (`str`, *optional*):
@@ -166,22 +172,30 @@ class EffMLTrainer(Trainer):
         """
         if not self.is_world_process_zero():
             return
-        output_dir = Path(self.args.output_dir)
-        base_model = finetuned_from or self.model.config.name_or_path or None
+        output_dir, history = Path(self.args.output_dir), self.state.log_history
         paper_tags = [f"arxiv:{self._paper}"] if self._paper else []
         facts = {
             "config": None if (output_dir / "config.json").exists() else self.model.config.to_dict(),
-            "method": next((method.key for method in (*METHODS, VIM) if method.name == self._name), None),
-            "results": _evaluation_results(self.state.log_history),
+            "method": next((method.key for method in (*METHODS, *FOUNDATIONS) if method.name == self._name), None),
+            "results": _evaluation_results(history),
             "evaluated_on": dataset,
             "command": _command_line(),
             "arguments": _changed_arguments(self.args),
-            "base_model": base_model,
+            "base_model": finetuned_from or self.model.config.name_or_path or None,
             "datasets": _as_list(dataset_tags),
-            "license": license or ("apache-2.0" if base_model is None else None),
+            "data": {"splits": self._count_examples()} | self.card_facts.get("data", {}),
+            "history": history,
+            "license": license,
             "tags": [*self._tags, *_as_list(tags), *paper_tags],
         }
-        write_model_card(output_dir, self.hub_model_id or model_name, **(facts | self.card_facts))
+        if usable("matplotlib"):
+            draw_log(history, output_dir / CURVE_NAME, title="Course of the training")
+        write_card(output_dir, self.hub_model_id or model_name, **(facts | self.card_facts | {"data": facts["data"]}))
+
+    def _count_examples(self) -> dict[str, int]:
+        """Sizes of the data, as far as they have one."""
+        splits = {"training": self.train_dataset, "evaluation": self.eval_dataset}
+        return {name: len(split) for name, split in splits.items() if hasattr(split, "__len__")}
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Names the parameters that weight decay applies to: the usual ones less the model's `no_weight_decay()`.

@@ -127,9 +127,6 @@ class TokenRouterTrainer(EffMLTrainer):
         # Evaluations have a loss although batches have no labels.
         self.can_return_loss = True
         self._hook = hook
-        if not isinstance(model, TokenRouterModel):
-            # Weights of the language model are in it, and have the licence that they had.
-            self.card_facts["license"] = None
         if hook.config.base_model_name_or_path:
             self.card_facts["base_model"] = hook.config.base_model_name_or_path
 

@@ -25,7 +25,7 @@ from hf_effml.distillation.publishing.description import describe_distillation, 
 from hf_effml.distillation.publishing.pictures import image_grid, save_curves
 from hf_effml.distillation.publishing.sets import save_distilled_dataset
 from hf_effml.distillation.unroll import StudentDerivatives
-from hf_effml.hub import push_folder, write_dataset_card
+from hf_effml.hub import push_folder, write_card
 from hf_effml.hub.privacy import scrub, scrub_command
 from hf_effml.utils.imports import usable
 
@@ -482,7 +482,7 @@ class TrajectoryMatchingTrainer(EffMLTrainer):
                 measured = self.card_facts.get("evaluated_on")
                 note = f"accuracy on {measured}" if measured else ""
                 save_curves(self.state.log_history, folder / "curves.png", note=note)
-            write_dataset_card(folder)
+            write_card(folder)
         self.accelerator.wait_for_everyone()
         return folder
 

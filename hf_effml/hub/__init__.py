@@ -1,17 +1,22 @@
-"""Cards and pushes: what accompanies a model or a distilled data set to the Hub, and what must not."""
+"""Cards and pushes: what accompanies a folder to the Hub, and what must not. Subjects say what their folders are."""
 
-from .cards import CardResult, add_results, render_model_card, write_model_card
-from .dataset_cards import add_evaluations, render_dataset_card, write_dataset_card
+from hf_effml.utils.report import CardResult
+
+from .cards import add_results, render_card, renew_results, write_card
+from .checks import check_folder
+from .kinds import FolderKind
+from .model_folder import ModelFolder
 from .push import push_folder
 
 
 __all__ = [
     "CardResult",
-    "add_evaluations",
+    "FolderKind",
+    "ModelFolder",
     "add_results",
+    "check_folder",
     "push_folder",
-    "render_dataset_card",
-    "render_model_card",
-    "write_dataset_card",
-    "write_model_card",
+    "render_card",
+    "renew_results",
+    "write_card",
 ]

@@ -1,128 +1,59 @@
-"""Model cards: rendered from `hub_cards/model_card.md`, written beside a model, extended with results later."""
+"""Cards: rendered from what a folder is, written beside it, renewed without touching what a person wrote."""
 
 import json
-import re
-import sys
-from collections.abc import Mapping, Sequence
-from importlib import metadata, resources
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import DatasetCard, ModelCard, RepoCard
 
-from hf_effml.methods import VIM, Method, get_method
+from hf_effml.utils.files import write_text
+from hf_effml.utils.report import CardResult
 
-from .privacy import scrub, scrub_command
-from .results import CardResult, arguments_table, merge_into_text, results_table, set_model_index
+from .kinds import FolderKind, kind_of
+from .model_folder import ModelFolder
+from .results import merge_results
+from .sections import mark_sections, renew_sections, replace_in_sections
+from .snippets import output_of, with_id
 
 
-__all__ = ["CARD_NAME", "CardResult", "add_results", "render_model_card", "set_model_id", "write_model_card"]
+__all__ = ["CARD_NAME", "add_results", "render_card", "renew_results", "set_license", "set_repo_id", "write_card"]
 
 CARD_NAME = "README.md"
+# The variable that a snippet keeps the repository's id in.
+_VARIABLE = {"model": "model_id", "dataset": "dataset_id"}
 
 
-def render_model_card(
-    folder: str | Path,
-    model_id: str | None = None,
-    *,
-    config: Mapping[str, Any] | None = None,
-    method: str | None = None,
-    summary: str | None = None,
-    results: Sequence[CardResult] = (),
-    evaluated_on: str | None = None,
-    command: Sequence[str] | None = None,
-    arguments: Mapping[str, Any] | None = None,
-    base_model: str | None = None,
-    datasets: Sequence[str] = (),
-    license: str | None = "apache-2.0",
-    limits: Sequence[str] = (),
-    tags: Sequence[str] = (),
-) -> ModelCard:
-    """Renders the card of a saved model. Only what is known appears on it.
+def render_card(folder: str | Path, repo_id: str | None = None, **facts: Any) -> RepoCard:
+    """Renders the card of a folder, whatever it is.
 
     Args:
         folder (`str` or `Path`):
-            The folder the model was saved in; its files decide how the model is loaded.
-        model_id (`str`, *optional*):
-            Hub id the model goes to. Defaults to the name of the folder, until a push knows better.
-        config (`Mapping`, *optional*):
-            The model's configuration. Defaults to the folder's `config.json`.
-        method (`str`, *optional*):
-            Keyword of the method, see [`~hf_effml.methods.get_method`]. Gives the card its tags and citation.
-        summary (`str`, *optional*):
-            The card's first sentence. Defaults to one made from the model's class and the method.
-        results (`Sequence[CardResult]`, *optional*, defaults to `()`):
-            Rows of the results table.
-        evaluated_on (`str`, *optional*):
-            Name of the data the results were measured on. Without it nothing goes into `model-index`.
-        command (`Sequence[str]`, *optional*):
-            Command line that made the model, as in `sys.argv`; tokens and absolute paths are taken out.
-        arguments (`Mapping`, *optional*):
-            Arguments that differ from the defaults; tokens and absolute paths are taken out.
-        base_model (`str`, *optional*):
-            Hub id of the starting point. A local folder is left out. Defaults to the one that a token router names.
-        datasets (`Sequence[str]`, *optional*, defaults to `()`):
-            Hub ids of the training data.
-        license (`str`, *optional*, defaults to `"apache-2.0"`):
-            License of the weights; `None` leaves it out.
-        limits (`Sequence[str]`, *optional*, defaults to `()`):
-            Sentences on what the model is not good for, in addition to those that follow from the rest.
-        tags (`Sequence[str]`, *optional*, defaults to `()`):
-            Further tags.
+            A folder of a model, or of another kind that a subject knows by its files.
+        repo_id (`str`, *optional*):
+            Hub id the folder goes to. Defaults to the name of the folder, until a push knows better.
+        facts (`dict`, *optional*):
+            For a model, what is not in its files: see [`~hf_effml.hub.model_folder.ModelFolder`].
 
     Returns:
-        `huggingface_hub.ModelCard`: the card.
+        `huggingface_hub.ModelCard` or `huggingface_hub.DatasetCard`: the card.
+
+    Raises:
+        TypeError: If facts are given for a kind whose files hold them.
     """
-    folder = Path(folder)
-    config = _read_config(folder) if config is None else config
-    model_id = model_id or folder.resolve().name
-    title = model_id.split("/")[-1]
-    papers = _papers(method)
-    base_model = base_model or _token_router(config).get("base_model_name_or_path")
-    base_model = base_model if is_hub_id(base_model) else None
-    evaluated_on = scrub(evaluated_on)
-    data = ModelCardData(
-        library_name="peft" if (folder / "adapter_config.json").exists() else "transformers",
-        pipeline_tag=_pipeline_tag(config),
-        base_model=base_model,
-        datasets=list(datasets) or None,
-        license=license,
-        tags=[*(papers[0].tags if papers else ()), *tags, *(f"arxiv:{paper.paper}" for paper in papers)],
-    )
-    set_model_index(data, title, results, evaluated_on)
-    return ModelCard.from_template(
-        data,
-        template_str=resources.files("hf_effml.hub_cards").joinpath("model_card.md").read_text(encoding="utf-8"),
-        title=title,
-        model_id=model_id,
-        summary=summary or _first_sentence(title, config, papers[0] if papers else None),
-        auto_class=_auto_class(config),
-        remote_code=_remote_code(config),
-        takes_pictures=_takes_pictures(folder, config),
-        tokenizer=_where_the_tokenizer_is(folder, config),
-        routes_tokens=bool(_token_router(config)),
-        is_distilled=_is_distilled(config),
-        results_table=results_table(results),
-        evaluated_on=evaluated_on,
-        command=scrub_command(command) if command else None,
-        arguments_table=arguments_table(arguments or {}),
-        base_model=base_model,
-        limits=[*limits, *_default_limits(config, results, evaluated_on)],
-        versions=_versions(),
-        citations="\n\n".join(paper.citation for paper in papers),
-    )
+    return _render(kind_of(folder, **facts), repo_id)
 
 
-def write_model_card(folder: str | Path, model_id: str | None = None, **facts: Any) -> Path:
-    """Writes the card of a saved model into its folder, in place of one that is there.
+def write_card(folder: str | Path, repo_id: str | None = None, **facts: Any) -> Path:
+    """Writes the card of a folder into it. Of a card of ours that is there, what a person wrote stays.
 
     Args:
         folder (`str` or `Path`):
-            The folder the model was saved in.
-        model_id (`str`, *optional*):
-            Hub id the model goes to. Defaults to the name of the folder.
+            The folder.
+        repo_id (`str`, *optional*):
+            Hub id the folder goes to. Defaults to the name of the folder.
         facts (`dict`, *optional*):
-            Keyword arguments of [`render_model_card`].
+            As for [`render_card`].
 
     Returns:
         `Path`: the file written.
@@ -130,192 +61,138 @@ def write_model_card(folder: str | Path, model_id: str | None = None, **facts: A
     Example:
 
     ```python
-    >>> from hf_effml.hub import CardResult, write_model_card
+    >>> from hf_effml.hub import CardResult, write_card
 
     >>> accuracy = CardResult("Accuracy", 0.93, starting_point=0.95, metric="accuracy")
-    >>> write_model_card("my-vim", method="rmeeto", results=[accuracy], evaluated_on="digits")  # doctest: +SKIP
+    >>> write_card("my-model", results=[accuracy], evaluated_on="digits")  # doctest: +SKIP
     ```
     """
-    path = Path(folder) / CARD_NAME
-    render_model_card(folder, model_id, **facts).save(path)
+    kind = kind_of(folder, **facts)
+    if isinstance(kind, ModelFolder) and kind.results is not None:
+        merge_results(folder, kind.results, kind.evaluated_on, replace=True)
+    card, path = _render(kind, repo_id, with_output=True), Path(folder) / CARD_NAME
+    if path.exists():
+        _renew(path, card)
+    else:
+        write_text(path, card.content)
     return path
 
 
 def add_results(folder: str | Path, results: Sequence[CardResult], evaluated_on: str) -> Path:
-    """Adds results to the card in a folder, or renews them, and leaves everything else on it as it is.
+    """Adds results to a model and its card, or renews them, and leaves everything else on it as it is.
 
     Args:
         folder (`str` or `Path`):
             A model folder with its card.
         results (`Sequence[CardResult]`):
-            Rows to add. A row whose name is in the table already replaces that one.
+            What was measured. One of the same name on the same data replaces the earlier one.
         evaluated_on (`str`):
-            Name of the data the results were measured on.
+            Name of the data it was measured on.
+
+    Returns:
+        `Path`: the card.
+
+    Raises:
+        FileNotFoundError: If there is no card.
+        ValueError: If the results that are kept there cannot be read.
+    """
+    path = Path(folder) / CARD_NAME
+    if not path.exists():
+        raise FileNotFoundError(f"There is no card in `{folder}`. Write one first with `write_card`.")
+    merge_results(folder, results, evaluated_on)
+    return renew_results(folder)
+
+
+def renew_results(folder: str | Path) -> Path:
+    """Brings the results on a card up to date with those that are kept beside it, and changes nothing else.
+
+    Args:
+        folder (`str` or `Path`):
+            A folder; it gets a card if it has none.
 
     Returns:
         `Path`: the card.
     """
     path = Path(folder) / CARD_NAME
     if not path.exists():
-        raise FileNotFoundError(f"There is no card in `{folder}`. Write one first with `write_model_card`.")
-    card = ModelCard.load(path)
-    set_model_index(card.data, card.data.model_name or Path(folder).resolve().name, results, evaluated_on)
-    card.text = merge_into_text(card.text, results, evaluated_on)
-    card.save(path)
+        return write_card(folder)
+    kind = kind_of(folder)
+    card = _load(path)
+    title = getattr(card.data, "model_name", None) or Path(folder).resolve().name
+    fresh = _render(kind, title)
+    if isinstance(kind, ModelFolder):
+        card.data.model_name, card.data.eval_results = title, fresh.data.eval_results or card.data.eval_results
+        if not card.data.eval_results:
+            card.data.model_name = None
+    card.text = renew_sections(card.text, fresh.text, only={"results"})
+    write_text(path, card.content)
     return path
 
 
-def set_model_id(folder: str | Path, model_id: str) -> None:
-    """Makes the snippet on a folder's card load `model_id`. A card without our snippet stays as it is.
+def set_repo_id(folder: str | Path, repo_id: str) -> None:
+    """Makes the snippet on a folder's card load `repo_id`. A card without our snippet stays as it is.
 
     Args:
         folder (`str` or `Path`):
-            A folder of a model or a distilled data set with its card.
-        model_id (`str`):
+            A folder with its card.
+        repo_id (`str`):
             The Hub id the folder is pushed to.
     """
     path = Path(folder) / CARD_NAME
+    variable = _VARIABLE[kind_of(folder).repo_type]
     text = path.read_text(encoding="utf-8")
-    text = re.sub(r'^(model|dataset)_id = ".*"$', rf'\1_id = "{model_id}"', text, flags=re.M)
-    path.write_text(text, encoding="utf-8")
+    write_text(path, replace_in_sections(text, rf"^{variable} = .*$", f"{variable} = {json.dumps(repo_id)}"))
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
-def is_hub_id(name: str | None) -> bool:
-    """Says whether a name can be one on the Hub: no path, and no folder of this machine.
+def set_license(folder: str | Path, license: str) -> None:
+    """Names a license on a folder's card.
 
     Args:
-        name (`str` or `None`):
-            The name.
-
-    Returns:
-        `bool`: the answer.
+        folder (`str` or `Path`):
+            A folder with its card.
+        license (`str`):
+            The Hub's keyword, for example `"apache-2.0"`.
     """
-    return name is not None and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) is not None and not Path(name).exists()
+    card = _load(Path(folder) / CARD_NAME)
+    card.data.license = license
+    write_text(Path(folder) / CARD_NAME, card.content)
 
 
-def _papers(method: str | None) -> list[Method]:
-    """The paper of the method and, for what builds on Vim, Vim's."""
-    if method is None:
-        return []
-    own = get_method(method)
-    return [own, VIM] if "vision-mamba" in own.tags and own != VIM else [own]
+def _render(kind: FolderKind, repo_id: str | None, with_output: bool = False) -> RepoCard:
+    # A folder may be called anything; it is shown as one line, and is a literal where it is code.
+    repo_id = " ".join((repo_id or kind.folder.resolve().name).split())
+    title = repo_id.split("/")[-1]
+    values, variable = kind.values(repo_id), _VARIABLE[kind.repo_type]
+    here = with_id(kind.snippet(), variable, str(kind.folder.resolve()))
+    card_type = ModelCard if kind.repo_type == "model" else DatasetCard
+    card = card_type.from_template(
+        kind.metadata(title),
+        template_str=kind.read_template(),
+        title=title,
+        snippet=with_id(kind.snippet(), variable, repo_id),
+        output=output_of(here) if with_output and kind.shows_output else None,
+        **values,
+    )
+    card.text = mark_sections(card.text)
+    return card
 
 
-def _architecture(config: Mapping[str, Any]) -> str | None:
-    return (config.get("architectures") or [None])[0]
+def _renew(path: Path, fresh: RepoCard) -> None:
+    """A card that is not ours, such as the one that Transformers writes, is replaced."""
+    old = _load(path)
+    if "<!-- hf-effml: " not in old.text:
+        write_text(path, fresh.content)
+        return
+    known = old.data.to_dict()
+    for name, value in fresh.data.to_dict().items():
+        known[name] = list(dict.fromkeys([*known.get(name, []), *value])) if name == "tags" else value
+    if "model-index" in known and "model-index" not in fresh.data.to_dict():
+        del known["model-index"]
+    old.data = type(fresh.data)(**known)
+    old.text = renew_sections(old.text, fresh.text)
+    write_text(path, old.content)
 
 
-def _pipeline_tag(config: Mapping[str, Any]) -> str | None:
-    tasks = {"AutoModelForImageClassification": "image-classification", "AutoModelForCausalLM": "text-generation"}
-    return tasks.get(_auto_class(config))
-
-
-def _is_router_alone(config: Mapping[str, Any]) -> bool:
-    """Whether a folder holds a token router without the language model it works in."""
-    return config.get("model_type") == "token_router"
-
-
-def _is_distilled(config: Mapping[str, Any]) -> bool:
-    """Whether the model is a synthetic data set."""
-    return config.get("model_type") == "distilled_dataset"
-
-
-def _token_router(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The configuration of a token router, alone or in that of a full checkpoint; empty where there is none."""
-    return config if _is_router_alone(config) else config.get("token_router") or {}
-
-
-def _where_the_tokenizer_is(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """The expression that names it in the snippet; `None` for what generates no text."""
-    if _pipeline_tag(config) != "text-generation":
-        return None
-    if _is_router_alone(config):
-        return "model.config.base_model_name_or_path"
-    if _token_router(config) and not any((folder / f"tokenizer{end}.json").exists() for end in ("", "_config")):
-        return 'model.config.token_router["base_model_name_or_path"]'
-    return f"model_id{_remote_code(config)}"
-
-
-def _remote_code(config: Mapping[str, Any]) -> str:
-    """What loading needs where this package is not installed."""
-    return ", trust_remote_code=True" if config.get("auto_map") else ""
-
-
-def _takes_pictures(folder: Path, config: Mapping[str, Any]) -> bool:
-    """Whether an image-classification pipeline can be built from the folder; it feeds three channels."""
-    has_processor = any((folder / f"{kind}_config.json").exists() for kind in ("preprocessor", "processor"))
-    return _pipeline_tag(config) == "image-classification" and has_processor and config.get("num_channels", 3) == 3
-
-
-def _auto_class(config: Mapping[str, Any]) -> str:
-    """The Auto class that loads the model."""
-    if _is_router_alone(config):
-        return "AutoModelForCausalLM"
-    task = re.search(r"For[A-Z]\w+$", _architecture(config) or "")
-    return f"AutoModel{task.group()}" if task else "AutoModel"
-
-
-def _first_sentence(title: str, config: Mapping[str, Any], method: Method | None) -> str:
-    architecture = _architecture(config)
-    sentence = f"`{title}` is a model" if architecture is None else f"`{title}` is a `{architecture}`"
-    if _is_distilled(config):
-        sentence += f", a distilled data set as a model ({_images(config)}),"
-    if method is None:
-        return f"{sentence} made with `hf_effml`."
-    return f"{sentence} made with [{method.name}]({method.url}): {method.summary[0].lower()}{method.summary[1:]}"
-
-
-def _default_limits(config: Mapping[str, Any], results: Sequence[CardResult], evaluated_on: str | None) -> list[str]:
-    limits = _limits_of_routing(config)
-    if _is_distilled(config):
-        return [
-            *limits,
-            "It is no classifier: its parameters are images, soft labels and a step size that networks are trained "
-            "with.",
-            "It is the state of a distillation, to go on from. To share the images, publish them as a data set with "
-            "`trainer.save_dataset()` or `save_distilled_dataset` of `hf_effml`.",
-            "Synthetic images start from real ones and may show traces of them; the terms of the real data apply.",
-            *([f"The results above hold for {evaluated_on}."] if results and evaluated_on else []),
-        ]
-    if _pipeline_tag(config) == "image-classification" and config.get("id2label"):
-        classes = len(config["id2label"])
-        limits.append(f"It knows the {classes} classes of its training data only; any picture gets one of them.")
-    if results and evaluated_on:
-        limits.append(f"The results above hold for {evaluated_on} and say little about other data.")
-    size = "prompt length" if _pipeline_tag(config) == "text-generation" else "input size"
-    return [*limits, f"Speed depends on device, batch and {size}: measure it where the model will run."]
-
-
-def _images(config: Mapping[str, Any]) -> str:
-    """How many synthetic images there are."""
-    classes, per_class = len(config.get("id2label") or (0, 1)), config.get("images_per_class", 1)
-    return f"{classes * per_class:,} images of {classes} classes"
-
-
-def _limits_of_routing(config: Mapping[str, Any]) -> list[str]:
-    router = _token_router(config)
-    if not router:
-        return []
-    limits = [
-        "Routing is not causal: which blocks a token skips depends on the whole prompt. Score what follows a routed "
-        "prompt, with `score_continuations` or `score_multiple_choice` of `hf_effml`. Perplexity over all positions "
-        "of a routed text means nothing.",
-        "It saves computation and cache for prompts. Memory for weights stays what it was, and generated tokens gain "
-        "little.",
-    ]
-    if router.get("min_tokens"):
-        limits.append(f"Prompts of less than {router['min_tokens']} tokens run dense.")
-    if _is_router_alone(config):
-        limits.append("The router fits the base model it was trained on, and no other.")
-    return limits
-
-
-def _versions() -> str:
-    packages = ("hf-effml", "transformers", "torch", "accelerate", "huggingface-hub", "safetensors")
-    found = [f"{name} {metadata.version(name)}" for name in packages]
-    return ", ".join([*found, "Python {}.{}.{}".format(*sys.version_info)])
+def _load(path: Path) -> RepoCard:
+    kind = kind_of(path.parent)
+    return (ModelCard if kind.repo_type == "model" else DatasetCard).load(path)

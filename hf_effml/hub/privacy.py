@@ -1,15 +1,28 @@
 """What must not reach the Hub: access tokens and the paths of somebody's machine."""
 
+import mmap
 import re
 import shlex
-from collections.abc import Sequence
-from pathlib import PurePosixPath, PureWindowsPath
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 
-# `hf_effml` and the like are no tokens: those are long and have neither underscores nor dots.
-_TOKEN = re.compile(r"\b(?:hf_|api_org_)[A-Za-z0-9]{16,}\b")
+__all__ = ["find_private", "find_private_in_bytes", "scrub", "scrub_command"]
+
+# Of Hugging Face, GitHub, Amazon and model providers. `hf_effml` and the like are none: tokens are long.
+_TOKEN = re.compile(
+    r"(?<![A-Za-z0-9])(?:(?:hf_|api_org_)[A-Za-z0-9]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|AKIA[A-Z0-9]{16}"
+    r"|sk-(?=[\w-]*\d)[\w-]{20,})(?![A-Za-z0-9])"
+)
 _HOME = re.compile(r"(?<![\w.-])(?:/home/|/Users/|/root/|[A-Za-z]:\\+Users\\+)[\w.-]+")
+# How a finding begins, and the pattern that tells whether it is one.
+_BEGINNINGS = {
+    **dict.fromkeys(("hf_", "api_org_", "ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_", "AKIA", "sk-"), _TOKEN),
+    **dict.fromkeys(("/home/", "/Users/", "/root/", ":\\Users\\", ":\\\\Users\\\\"), _HOME),
+}
+_ENCODINGS = {"utf-8": 1, "utf-16-le": 2, "utf-16-be": 2, "utf-32-le": 4, "utf-32-be": 4}
+_LONGEST = 300
 _SECRET_NAME = re.compile(r"(?:^|_)(?:token|password|secret|api_key)$")
 
 
@@ -61,8 +74,8 @@ def scrub_command(argv: Sequence[str]) -> str:
     ```python
     >>> from hf_effml.hub.privacy import scrub_command
 
-    >>> scrub_command(["/usr/bin/hf-effml", "train", "rmeeto", "--hub_token", "abc", "--data=/home/alice/photos"])
-    'hf-effml train rmeeto --data=photos'
+    >>> scrub_command(["/usr/bin/hf-effml", "train", "METHOD", "--hub_token", "abc", "--data=/home/alice/photos"])
+    'hf-effml train METHOD --data=photos'
 
     ```
     """
@@ -101,3 +114,45 @@ def find_private(text: str) -> list[str]:
         if match := _HOME.search(line):
             remarks.append(f"line {number} names a folder of this machine (`{match.group()}`)")
     return remarks
+
+
+def find_private_in_bytes(path: str | Path) -> list[str]:
+    """Finds what looks like a token or a home folder in a file of any kind, as UTF-8, UTF-16 or UTF-32.
+
+    Args:
+        path (`str` or `Path`):
+            The file. What is compressed in it stays unseen.
+
+    Returns:
+        `list[str]`: one remark per finding, without the secret; with line numbers where all of it is a text.
+    """
+    if not Path(path).stat().st_size:
+        return []
+    with Path(path).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        remarks = list(dict.fromkeys(_findings(data)))
+    if not remarks:
+        return []
+    try:
+        return find_private(Path(path).read_text(encoding="utf-8")) or remarks
+    except UnicodeDecodeError:
+        return remarks
+
+
+def _findings(data: mmap.mmap) -> Iterator[str]:
+    for encoding, width in _ENCODINGS.items():
+        for beginning, pattern in _BEGINNINGS.items():
+            needle = beginning.encode(encoding)
+            place = data.find(needle)
+            while place >= 0:
+                # Up to two characters before it: a drive's letter, and what must not be a part of it.
+                before = min(place // width, 2) * width
+                text = data[place - before : place + _LONGEST * width].decode(encoding, errors="replace")
+                match = pattern.search(text)
+                if match and match.start() <= before // width:
+                    where = f"byte {place}" + ("" if width == 1 else f" ({encoding.upper()})")
+                    yield (
+                        f"{where} begins what looks like an access token"
+                        if pattern is _TOKEN
+                        else f"{where} names a folder of this machine (`{match.group()}`)"
+                    )
+                place = data.find(needle, place + len(needle))

@@ -1,68 +1,123 @@
-"""Results on a card: a table for readers, the `model-index` for the Hub, and how to renew both."""
+"""Results of a model as data beside it, as the table on its card and as the `model-index` of the Hub."""
 
+import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict
+from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from hf_effml.utils.files import write_json
 from hf_effml.utils.report import CardResult, markdown_table
 
 from .privacy import scrub
 
 
-_HEADING = "## Results"
-_FOLLOWING_HEADING = "## How it was made"
+__all__ = ["RESULTS_NAME", "arguments_table", "merge_results", "read_results", "results_section", "set_model_index"]
+
+RESULTS_NAME = "results.json"
 _COLUMNS = ["", "This model", "Its starting point"]
+# A result as it is kept: a `CardResult`'s fields and `evaluated_on`.
+Entry = Mapping[str, Any]
 
 
-def set_model_index(
-    data: ModelCardData, model_name: str, results: Sequence[CardResult], evaluated_on: str | None
+def read_results(folder: str | Path) -> list[Entry]:
+    """Reads what was measured of the model in a folder.
+
+    Args:
+        folder (`str` or `Path`):
+            The folder.
+
+    Returns:
+        `list[Mapping]`: `name`, `value`, `starting_point`, `metric` and `evaluated_on` of each; empty without a file.
+
+    Raises:
+        ValueError: If `results.json` is not what this package writes.
+    """
+    path = Path(folder) / RESULTS_NAME
+    if not path.exists():
+        return []
+    try:
+        return [_entry(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))["results"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"`{path}` must hold a list `results` as this package writes it ({error}). Mend it or move it away."
+        ) from error
+
+
+def merge_results(
+    folder: str | Path, results: Sequence[CardResult], evaluated_on: str | None, replace: bool = False
 ) -> None:
+    """Adds results to those that are kept beside a model, in place of equal ones.
+
+    Args:
+        folder (`str` or `Path`):
+            Folder of the model.
+        results (`Sequence[CardResult]`):
+            What was measured.
+        evaluated_on (`str`, *optional*):
+            Name of the data it was measured on. Results of the same name on other data stay.
+        replace (`bool`, *optional*, defaults to `False`):
+            Whether all earlier ones go, because they are another model's.
+    """
+    new = [_entry(**asdict(result), evaluated_on=scrub(evaluated_on)) for result in results]
+    known = [] if replace else read_results(folder)
+    merged = {(entry["name"], entry["evaluated_on"]): entry for entry in [*known, *new]}
+    if merged:
+        write_json(Path(folder) / RESULTS_NAME, {"results": list(merged.values())})
+    else:
+        (Path(folder) / RESULTS_NAME).unlink(missing_ok=True)
+
+
+def results_section(entries: Sequence[Entry]) -> str:
+    """Writes results as Markdown, a table for the data they were measured on.
+
+    Args:
+        entries (`Sequence[Mapping]`):
+            Of [`read_results`].
+
+    Returns:
+        `str`: the tables; empty without results.
+    """
+    order = list(dict.fromkeys(entry["evaluated_on"] for entry in entries))
+    blocks = []
+    for data, group in groupby(sorted(entries, key=lambda entry: order.index(entry["evaluated_on"])), _data):
+        rows = [[entry["name"], entry["value"], entry["starting_point"]] for entry in group]
+        columns = 3 if any(row[2] is not None for row in rows) else 2
+        blocks += [f"Measured on {data}."] if data else []
+        blocks.append(markdown_table(_COLUMNS[:columns], [row[:columns] for row in rows]))
+    return "\n\n".join(blocks)
+
+
+def set_model_index(data: ModelCardData, model_name: str, entries: Sequence[Entry]) -> None:
     """Puts the results that have a metric into a card's metadata, in place of equal ones.
 
     Args:
         data (`ModelCardData`):
-            Metadata to change. Without a `pipeline_tag` it stays as it is: the `model-index` demands a task.
+            Metadata to change. Without a `pipeline_tag` it stays as it is: the `model-index` demands a task, and the
+            name of the data as well.
         model_name (`str`):
             Name of the model in the index.
-        results (`Sequence[CardResult]`):
-            What was measured.
-        evaluated_on (`str`, *optional*):
-            Name of the data it was measured on, which the index demands as well.
+        entries (`Sequence[Mapping]`):
+            Of [`read_results`].
     """
-    if data.pipeline_tag is None or evaluated_on is None:
-        return
-    entries = {_identity(entry): entry for entry in data.eval_results or []}
-    for result in results:
-        if result.metric is not None:
-            entry = EvalResult(
+    found = {_identity(each): each for each in data.eval_results or []}
+    for entry in entries:
+        if data.pipeline_tag and entry["metric"] and entry["evaluated_on"]:
+            result = EvalResult(
                 task_type=data.pipeline_tag,
-                dataset_type=re.sub(r"[^a-z0-9/_.]+", "-", evaluated_on.lower()).strip("-"),
-                dataset_name=evaluated_on,
-                metric_type=result.metric,
-                metric_name=result.name,
-                metric_value=result.value,
+                dataset_type=re.sub(r"[^a-z0-9/_.]+", "-", entry["evaluated_on"].lower()).strip("-"),
+                dataset_name=entry["evaluated_on"],
+                metric_type=entry["metric"],
+                metric_name=entry["name"],
+                metric_value=entry["value"],
             )
-            entries[_identity(entry)] = entry
-    if entries:
-        data.model_name, data.eval_results = model_name, list(entries.values())
-
-
-def results_table(results: Sequence[CardResult]) -> str:
-    """Writes results as a Markdown table, without the last column when no starting point is known.
-
-    Args:
-        results (`Sequence[CardResult]`):
-            The rows.
-
-    Returns:
-        `str`: the table, empty without rows.
-    """
-    rows = [[result.name, result.value, result.starting_point] for result in results]
-    columns = 3 if any(result.starting_point is not None for result in results) else 2
-    return markdown_table(_COLUMNS[:columns], [row[:columns] for row in rows])
+            found[_identity(result)] = result
+    if found:
+        data.model_name, data.eval_results = data.model_name or model_name, list(found.values())
 
 
 def arguments_table(arguments: Mapping[str, Any]) -> str:
@@ -79,44 +134,20 @@ def arguments_table(arguments: Mapping[str, Any]) -> str:
     return markdown_table(["Argument", "Value"], [[f"`{name}`", f"`{value}`"] for name, value in shown.items()])
 
 
-def merge_into_text(text: str, results: Sequence[CardResult], evaluated_on: str) -> str:
-    """Adds rows to the results table in a card's text, or renews them; everything else stays.
-
-    Args:
-        text (`str`):
-            The card without its metadata.
-        results (`Sequence[CardResult]`):
-            Rows to add. A row whose name is in the table already replaces that one.
-        evaluated_on (`str`):
-            Name of the data. When the table is about other data, the new rows bear this name.
-
-    Returns:
-        `str`: the new text.
-    """
-    table = _find_table(text)
-    if table is None:
-        section = f"{_HEADING}\n\nMeasured on {evaluated_on}.\n\n{results_table(results)}\n\n"
-        position = text.find(_FOLLOWING_HEADING)
-        return f"{text.rstrip()}\n\n{section}" if position < 0 else text[:position] + section + text[position:]
-    if f"Measured on {evaluated_on}." not in text:
-        results = [replace(result, name=f"{result.name}, {evaluated_on}") for result in results]
-    rows = {row.name: row for row in [*_parse_table(table), *results]}
-    return text.replace(table, results_table(list(rows.values())) + "\n", 1)
+def _entry(
+    name: str, value: Any, starting_point: Any = None, metric: str | None = None, evaluated_on: str | None = None
+) -> Entry:
+    return {
+        "name": name,
+        "value": value,
+        "starting_point": starting_point,
+        "metric": metric,
+        "evaluated_on": evaluated_on,
+    }
 
 
-def _find_table(text: str) -> str | None:
-    """The results table as `results_table` wrote it."""
-    match = re.search(rf"^\| +\| {_COLUMNS[1]} \|.*\n(?:\|.*\n)*", text + "\n", flags=re.M)
-    return match.group() if match else None
-
-
-def _parse_table(table: str) -> list[CardResult]:
-    rows = []
-    for line in table.splitlines()[2:]:
-        cells = [cell.strip().replace(r"\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
-        starting_point = cells[2] if len(cells) > 2 and cells[2] != "-" else None
-        rows.append(CardResult(cells[0], cells[1], starting_point))
-    return rows
+def _data(entry: Entry) -> str | None:
+    return entry["evaluated_on"]
 
 
 def _identity(entry: EvalResult) -> tuple:

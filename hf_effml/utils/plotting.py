@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from .files import replacing_file
 from .imports import require
 
 
@@ -325,5 +326,6 @@ def _save(figure: Any, path: str | Path, note: str = "") -> None:
     if note:
         lines = textwrap.fill(note, int(_LETTERS_PER_INCH * figure.get_figwidth()))
         figure.supxlabel(lines, fontsize=8, color=_FAINT, x=0.01, ha="left")
-    figure.savefig(path, dpi=150, facecolor="white")
+    with replacing_file(path) as unfinished:
+        figure.savefig(unfinished, format="png", dpi=150, facecolor="white")
     require("matplotlib.pyplot").close(figure)

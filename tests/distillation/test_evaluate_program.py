@@ -12,7 +12,7 @@ from hf_effml.cli.parsing import run_script
 from hf_effml.distillation.bank.initialization import distilled_from_real
 from hf_effml.distillation.publishing.sets import save_distilled_dataset
 from hf_effml.distillation.real_images import load_real_images
-from hf_effml.hub import CardResult, write_dataset_card, write_model_card
+from hf_effml.hub import CardResult, write_card
 from hf_effml.scripts import evaluate_distillation
 from hf_effml.scripts.evaluate_distillation import main
 from hf_effml.trainers.expert import ExpertTrainer, ExpertTrainingArguments
@@ -36,7 +36,7 @@ def made(tmp_path_factory):
     model = distilled_from_real(data, bank, images_per_class=2)
     model.save_pretrained(folder / "model")
     save_distilled_dataset(model, folder / "set", data.processor)
-    write_dataset_card(folder / "set")
+    write_card(folder / "set")
     return SimpleNamespace(folder=folder, set=folder / "set", model=folder / "model", bank=folder / "bank", data=data)
 
 
@@ -97,12 +97,13 @@ def test_results_go_to_the_card(made, tmp_path, capsys):
     assert f"{100 * mean:.1f}" in card and "random real" in card and "40 test images" in card
     assert json.loads((made.set / "distillation.json").read_text())["results"] == results["reports"]
     assert f"Renewed {made.set / 'README.md'}" in capsys.readouterr().out
-    write_model_card(made.model, evaluated_on="others", results=[CardResult("Loss", 0.5)])
+    write_card(made.model, evaluated_on="others", results=[CardResult("Loss", 0.5)])
     _run(made, tmp_path, "--add_to_card", "--full_epochs", "0", "--no_picture", the_set=made.model)
     card = (made.model / "README.md").read_text()
     mean = results["reports"][0]["accuracies"]["random"]["mean"]
-    assert "| Loss | 0.5 |" in card and "| IOR (ConvNet-D1-W4, tm, test), digits, test images |" in card
-    assert "Accuracy (ConvNet-D1-W4, tm, test), digits, test images |" in card and f"| {mean:.4g} |" in card
+    assert "Measured on others.\n" in card and "| Loss | 0.5 |" in card
+    assert "Measured on digits, test images.\n" in card and "| IOR (ConvNet-D1-W4, tm, test) |" in card
+    assert "| Accuracy (ConvNet-D1-W4, tm, test) |" in card and f"| {mean:.4g} |" in card
 
 
 def test_the_bank_that_the_set_names(made, tmp_path, capsys):

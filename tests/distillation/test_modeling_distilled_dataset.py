@@ -14,7 +14,7 @@ from hf_effml.distillation.differentiable_augmentation import AugmentationSettin
 from hf_effml.distillation.flat_student import FlatStudent, build_student, student_config
 from hf_effml.distillation.matching import MatchingSettings
 from hf_effml.distillation.unroll import StudentDerivatives
-from hf_effml.hub import write_model_card
+from hf_effml.hub import write_card
 
 
 STUDENT = ConvNetConfig(image_size=[8, 6], depth=1, hidden_size=4)
@@ -213,7 +213,7 @@ def test_loads_without_the_package(tmp_path):
     processor = ZCAImageProcessor.from_images(torch.rand(9, 3, 8, 6))
     model.save_pretrained(tmp_path / "set")
     processor.save_pretrained(tmp_path / "set")
-    text = write_model_card(tmp_path / "set", method="pad").read_text()
+    text = write_card(tmp_path / "set", method="pad").read_text()
     snippet = re.search(r"```python\n(.*?)```", text, flags=re.S)[1]
     code = f"import os; os.environ['HF_HOME'] = {str(tmp_path / 'home')!r}\n{snippet}\n{WITHOUT_PACKAGE}"
     printed = run_python(code, cwd=tmp_path, without_package=True)

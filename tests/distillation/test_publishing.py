@@ -22,14 +22,14 @@ from hf_effml import (
     save_distilled_dataset,
     to_dataset,
 )
+from hf_effml.distillation.card import add_evaluations
 from hf_effml.distillation.differentiable_augmentation import AugmentationSettings
 from hf_effml.distillation.evaluation.measure import evaluate_distilled
 from hf_effml.distillation.evaluation.training_sets import TrainingSet
 from hf_effml.distillation.publishing.description import describe_distillation
 from hf_effml.distillation.publishing.sets import INFO_NAME, check_distilled
 from hf_effml.distillation.real_images import RealImages
-from hf_effml.hub import add_evaluations, dataset_cards, push, render_dataset_card, write_dataset_card
-from hf_effml.hub.push import check_folder
+from hf_effml.hub import check_folder, render_card, write_card
 
 
 NAMES = ["cat", "dog"]
@@ -99,7 +99,7 @@ def test_grey_set(tmp_path):
     assert torch.equal(found.training_set.images, model.images) and found.processor.image_mean is not None
     assert to_dataset(model, processor)["preview"][0].mode == "L"
     assert not (tmp_path / "zca.safetensors").exists()
-    assert 'picture.convert("L")' in render_dataset_card(tmp_path).text
+    assert 'picture.convert("L")' in render_card(tmp_path).text
 
 
 def test_round_trip(folder, processor):
@@ -219,10 +219,6 @@ def test_what_is_no_distilled_set(tmp_path):
         load_distilled(tmp_path)
 
 
-def test_names_of_files_agree():
-    assert dataset_cards.INFO_NAME == push.INFO_NAME == INFO_NAME
-
-
 def test_info_is_plain_and_complete(expert_bank):
     data, bank = expert_bank
     model = make_model(dataset={"name": "colours", "hub_id": None})
@@ -254,7 +250,7 @@ def reports(seeds=(0, 1)):
 
 
 def test_card(folder):
-    card = DatasetCard.load(write_dataset_card(folder, "alice/cats"))
+    card = DatasetCard.load(write_card(folder, "alice/cats"))
     assert re.findall(r"^#+ (.*)$", card.text, flags=re.M) == [
         "cats", "Use", "Results", "How it was made", "Limits", "Versions", "Citation"
     ]  # fmt: skip
@@ -269,7 +265,7 @@ def test_card(folder):
 
 
 def test_card_shows_results_with_their_rules(folder):
-    write_dataset_card(folder, "alice/cats")
+    write_card(folder, "alice/cats")
     text = (folder / "README.md").read_text().replace("## Limits", "My own words.\n\n## Limits")
     (folder / "README.md").write_text(text)
     report = reports()[0]
@@ -284,7 +280,7 @@ def test_card_shows_results_with_their_rules(folder):
     assert "learning rate divided by ten at epoch 1" in renewed and "crop 0.25, cutout 0.5" in renewed
     # Nothing else changed.
     assert "has not been evaluated" not in renewed and "Without a `bank`" in renewed
-    cut = re.compile(r"## Results\n.*?(?=## How)", flags=re.S)
+    cut = re.compile(r"<!-- hf-effml: results .*?<!-- end of results -->", flags=re.S)
     assert cut.sub("", renewed) == cut.sub("", text)
     # The same once more replaces; other rules are another row.
     other = report.to_dict() | {"student": "/home/alice/nets/mine"}
@@ -316,7 +312,7 @@ def test_card_of_a_whole_run(processor, tmp_path):
         seed=7,
     )
     save_distilled_dataset(model, tmp_path, processor, info=info, maps=torch.rand(4, 8, 8))
-    card = render_dataset_card(tmp_path)
+    card = render_card(tmp_path)
     assert card.data.license == "mit" and "have the license `mit`" in card.text
     assert "step 300: best accuracy (83.1% of 90 images, protocol `tm`, 1001 epochs, 1 network(s))" in card.text
     for fact in ("| Steps | 400 |", "4,000 s", "at most 1,024 MiB", "| `lr_img` | `100.0` |", "hf-effml train edf"):
@@ -326,9 +322,13 @@ def test_card_of_a_whole_run(processor, tmp_path):
 
 
 def test_card_needs_a_set(tmp_path):
-    for write in (render_dataset_card, lambda folder: add_evaluations(folder, [])):
-        with pytest.raises(FileNotFoundError, match="no `distillation.json`. Write it with `save_distilled_dataset`"):
-            write(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no `distillation.json`. Write it with `save_distilled_dataset`"):
+        add_evaluations(tmp_path, [])
+
+
+def test_card_takes_no_facts(folder):
+    with pytest.raises(TypeError, match="card of a distilled data set is made from its own files; got `method`"):
+        render_card(folder, method="pad")
 
 
 def test_snippets_run_without_the_package(tmp_path):
@@ -340,7 +340,7 @@ def test_snippets_run_without_the_package(tmp_path):
     for name, whiten, mode in (("whitened", True, "crop"), ("normalised", False, "squash")):
         processor = processors[name] = ZCAImageProcessor.from_images(pixels, do_whiten=whiten, resize_mode=mode)
         folder = save_distilled_dataset(make_model(processor), tmp_path / name, processor)
-        code += "\n".join(re.findall(r"```python\n(.*?)```", write_dataset_card(folder).read_text(), flags=re.S))
+        code += "\n".join(re.findall(r"```python\n(.*?)```", write_card(folder).read_text(), flags=re.S))
         code += "seen = {'images': images, 'labels': soft_labels, 'cat': preprocess(Image.open('cat.png'))}\n"
         code += "seen = {name: tensor.contiguous() for name, tensor in seen.items()}\n"
         code += f"save_file(seen, '{name}.safetensors')\n"
@@ -357,14 +357,14 @@ def test_snippets_run_without_the_package(tmp_path):
 
 
 def test_a_finished_folder_passes(folder):
-    write_dataset_card(folder)
+    write_card(folder)
     check_folder(folder)
 
 
 @pytest.mark.parametrize(
     "name, content, remark",
     [
-        ("README.md", None, "write one with `hf_effml.hub.write_dataset_card"),
+        ("README.md", None, "write one with `hf_effml.hub.write_card"),
         ("data/train-00000-of-00001.parquet", None, "no `data/train-00000-of-00001.parquet`"),
         ("data/train-00000-of-00001.parquet", "x", "parquet` is not as it was checked and saved"),
         ("zca.safetensors", "x", "zca.safetensors` is not as it was checked"),
@@ -376,7 +376,7 @@ def test_a_finished_folder_passes(folder):
     ],
 )
 def test_what_is_refused(folder, name, content, remark):
-    write_dataset_card(folder)
+    write_card(folder)
     if content is None:
         (folder / name).unlink()
     else:

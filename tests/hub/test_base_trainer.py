@@ -26,7 +26,7 @@ def test_card_without_training(tmp_path):
     card = ModelCard.load(tmp_path / "run" / "README.md")
     assert {"rmeeto", "tested", "mine", "arxiv:2412.12496"} <= set(card.data.tags)
     assert len(card.data.tags) == len(set(card.data.tags))
-    assert card.data.datasets == ["alice/data"] and card.data.license == "apache-2.0"
+    assert card.data.datasets == ["alice/data"] and card.data.license is None
     assert "| `learning_rate` | `0.5` |" in card.text and "- Never trained." in card.text
     # Neither pytest's command line nor housekeeping belongs on the card.
     assert "```bash" not in card.text

@@ -1,16 +1,19 @@
 """Model cards: what is on them, in which order, and what must not be."""
 
+import ast
 import json
 import re
 
 import pytest
 from huggingface_hub import ModelCard, ModelCardData
 
-from helpers import run_python, tiny_language_model, tiny_tokenizer
-from hf_effml import TokenRouterConfig, TokenRouterModel
-from hf_effml.hub import CardResult, add_results, render_model_card, write_model_card
-from hf_effml.hub.cards import is_hub_id, set_model_id
+from helpers import require_package, run_python, tiny_language_model, tiny_tokenizer, tiny_vim_config
+from hf_effml import TokenRouterConfig, TokenRouterModel, VimForImageClassification, vim_image_processor
+from hf_effml.hub import CardResult, add_results, render_card, write_card
+from hf_effml.hub.cards import set_repo_id
+from hf_effml.hub.model_folder import is_hub_id
 from hf_effml.hub.privacy import find_private, scrub, scrub_command
+from hf_effml.hub.training_log import draw_log
 from hf_effml.methods import METHODS
 
 
@@ -38,7 +41,7 @@ def folder(tmp_path):
 
 
 def full_card(folder):
-    return render_model_card(
+    return render_card(
         folder,
         "alice/my-vim",
         method="rmeeto",
@@ -49,13 +52,15 @@ def full_card(folder):
         base_model="alice/vim-digits",
         datasets=["alice/digits"],
         limits=["It was trained on tiny pictures."],
+        data={"name": "/home/alice/digits", "splits": {"training": 1437}},
+        license="mit",
         tags=["tiny"],
     )
 
 
 def test_order_of_sections(folder):
     headings = re.findall(r"^#+ (.*)$", full_card(folder).text, flags=re.M)
-    assert headings == ["my-vim", "Use", "Results", "How it was made", "Limits", "Versions", "Citation"]
+    assert headings == ["my-vim", "Use", "The model", "Results", "How it was made", "Limits", "Versions", "Citation"]
 
 
 def test_metadata(folder):
@@ -65,7 +70,7 @@ def test_metadata(folder):
     assert data.pipeline_tag == "image-classification"
     assert data.base_model == "alice/vim-digits"
     assert data.datasets == ["alice/digits"]
-    assert data.license == "apache-2.0"
+    assert data.license == "mit"
     assert {"rmeeto", "token-merging", "tiny", "arxiv:2412.12496", "arxiv:2401.09417"} <= set(data.tags)
     assert len(data.eval_results) == 1 and data.model_name == "my-vim"
     result = data.eval_results[0]
@@ -81,6 +86,7 @@ def test_content(folder):
     assert "| Multiply-adds | 1,234,567 | 2,345,678 |" in text
     assert r"| Latency (ms \| image, 2 CPU cores) | 12.35 | - |" in text
     assert "hf-effml train rmeeto --data=digits\n" in text
+    assert "| Name | `digits` |\n| Training examples | 1,437 |" in text and "| Classes | `0`, `1`," in text
     assert "| `learning_rate` | `0.001` |" in text and "| `data` | `digits` |" in text
     assert "10 classes" in text and "- It was trained on tiny pictures." in text
     assert re.search(r"hf-effml [\d.]+, transformers 5", text)
@@ -89,39 +95,42 @@ def test_content(folder):
 
 
 def test_only_what_is_known(folder):
-    text = render_model_card(folder).text
+    text = render_card(folder).text
     assert "## Results" not in text and "## Citation" not in text and "None" not in text
     assert 'model_id = "my-vim"\n' in text
-    one_column = render_model_card(folder, results=[CardResult("Tokens", 197)])
+    one_column = render_card(folder, results=[CardResult("Tokens", 197)])
     assert "|  | This model |\n| --- | --- |\n| Tokens | 197 |\n" in one_column.text
     assert "model-index" not in one_column.content
-    for local in (str(folder), "/home/alice/gone", "../gone"):
-        card = render_model_card(folder, base_model=local, license=None)
-        assert card.data.base_model is None and card.data.license is None and "gone" not in card.text
+    for local in ("/home/alice/gone", "../gone"):
+        card = render_card(folder, base_model=local)
+        assert card.data.base_model is None and card.data.license is None
+        assert "Starting point: `gone`, a folder of whoever made it." in card.text and find_private(card.text) == []
 
 
 @pytest.mark.parametrize("key", [method.key for method in METHODS])
 def test_no_placeholder_for_any_method(folder, key):
-    for card in (render_model_card(folder, method=key), full_card(folder)):
+    for card in (render_card(folder, method=key), full_card(folder)):
         assert not re.search(r"more information needed|\[\]|\(\)|todo|unknown|\n{4,}", card.text, flags=re.I)
         assert "{{" not in card.text and "{%" not in card.text
 
 
 def test_snippet_without_pictures(folder):
     config = {"architectures": ["VimForImageClassification"], "num_channels": 1}
-    text = render_model_card(folder, config=config).text
+    text = render_card(folder, config=config).text
     assert "AutoModelForImageClassification.from_pretrained(model_id)" in text
     assert "pipeline(" not in text and "trust_remote_code" not in text
 
 
 def test_adapter(folder):
     (folder / "adapter_config.json").write_text("{}")
-    assert render_model_card(folder).data.library_name == "peft"
+    assert render_card(folder).data.library_name == "peft"
 
 
 def test_added_results_keep_what_was_written(folder):
-    card = full_card(folder)
-    card.text = card.text.replace("## Limits", "My own words | here.\n\n## Limits")
+    write_card(folder, "alice/my-vim", results=RESULTS, evaluated_on="the test split of digits", limits=["Small."])
+    card = ModelCard.load(folder / "README.md")
+    card.text = card.text.replace("<!-- end of limits", "- My own limit.\n<!-- end of limits")
+    card.text = card.text.replace("## Limits", "My own words | here.\n\n## Limits", 1)
     card.data.language = "en"
     card.save(folder / "README.md")
     before = card.text
@@ -129,40 +138,104 @@ def test_added_results_keep_what_was_written(folder):
     add_results(folder, new, "the test split of digits")
     after = ModelCard.load(folder / "README.md")
     assert "| Accuracy | 0.96 | 0.95 |" in after.text and "| Memory (MB) | 120 | - |" in after.text
-    assert [line for line in before.split("\n") if "0.9346" not in line] == [
-        line for line in after.text.split("\n") if "0.96" not in line and "Memory" not in line
+    ours = ("0.9346", "0.96", "Memory", "hf-effml: results")
+    assert [line for line in before.split("\n") if not any(word in line for word in ours)] == [
+        line for line in after.text.split("\n") if not any(word in line for word in ours)
     ]
     assert [result.metric_value for result in after.data.eval_results] == [0.96]
     assert after.data.language == "en"
 
     add_results(folder, [CardResult("Accuracy", 0.5, metric="accuracy")], "photographs")
     again = ModelCard.load(folder / "README.md")
-    assert "| Accuracy | 0.96 | 0.95 |" in again.text and "| Accuracy, photographs | 0.5 | - |" in again.text
+    assert "| Accuracy | 0.96 | 0.95 |" in again.text
+    assert "Measured on photographs.\n\n|  | This model |\n| --- | --- |\n| Accuracy | 0.5 |" in again.text
     assert [result.metric_value for result in again.data.eval_results] == [0.96, 0.5]
+    kept = json.loads((folder / "results.json").read_text())["results"]
+    assert [(row["name"], row["evaluated_on"]) for row in kept if row["metric"]] == [
+        ("Accuracy", "the test split of digits"),
+        ("Accuracy", "photographs"),
+    ]
 
 
-def test_added_results_on_cards_without_a_table(folder):
-    write_model_card(folder)
+def test_a_renewed_card_keeps_what_was_written(folder, caplog):
+    write_card(folder, "alice/my-vim", results=RESULTS, evaluated_on="digits", license="mit")
+    path = folder / "README.md"
+    text = path.read_text().replace("license: mit", "license: cc-by-4.0\nlanguage: en")
+    text = text.replace("<!-- end of summary -->", "I trained it on a train.\n<!-- end of summary -->")
+    text = text.replace("<!-- hf-effml: limits", "## My thanks\n\nTo my cat.\n\n<!-- hf-effml: limits")
+    text = text.replace("| Multiply-adds |", "| Multiply-adds, by hand |")
+    path.write_text(text + "\nThe end.\n")
+    write_card(folder, results=[CardResult("Accuracy", 0.25, metric="accuracy")], evaluated_on="digits", tags=["new"])
+    card = ModelCard.load(path)
+    order = ["train.", "## Use", "| Accuracy | 0.25 |", "by hand", "## My thanks", "## Limits", "\nThe end.\n"]
+    assert [card.text.index(words) for words in order] == sorted(card.text.index(words) for words in order)
+    assert card.text.count("## Use") == card.text.count("## Limits") == 1
+    assert [card.data.license, card.data.language] == ["cc-by-4.0", "en"] and "new" in card.data.tags
+    assert [result.metric_value for result in card.data.eval_results] == [0.25]
+    again = write_card(folder, results=[], license="mit").read_text()
+    assert "0.25" not in again and "by hand" in again and "license: mit" in again and "model-index" not in again
+    assert not (folder / "results.json").exists()
+
+
+def test_cards_of_others(folder):
+    write_card(folder)
     add_results(folder, RESULTS, "digits")
     text = (folder / "README.md").read_text()
     assert text.index("## Results") < text.index("Measured on digits.") < text.index("## How it was made")
     ModelCard("---\nlicense: mit\n---\n\n# Mine\n\nWords.\n").save(folder / "README.md")
     add_results(folder, RESULTS, "digits")
     card = ModelCard.load(folder / "README.md")
-    assert card.text.startswith("\n# Mine\n\nWords.\n\n## Results\n") and card.data.license == "mit"
+    assert card.text.startswith("\n# Mine\n\nWords.\n\n<!-- hf-effml: results") and card.data.license == "mit"
+    assert card.text.count("## Results") == 1 and "## Use" not in card.text
     (folder / "README.md").unlink()
-    with pytest.raises(FileNotFoundError, match="write_model_card"):
+    with pytest.raises(FileNotFoundError, match="write_card"):
+        add_results(folder, RESULTS, "digits")
+    (folder / "results.json").write_text('{"results": [{"wrong": 1}]}')
+    write_card(folder, results=[])
+    (folder / "results.json").write_text('{"results": [{"wrong": 1}]}')
+    with pytest.raises(ValueError, match=r"results.json.*must hold a list `results`"):
         add_results(folder, RESULTS, "digits")
 
 
-def test_model_id_follows_a_push(folder):
-    before = write_model_card(folder).read_text()
-    set_model_id(folder, "alice/elsewhere")
-    assert (folder / "README.md").read_text() == before.replace('"my-vim"', '"alice/elsewhere"')
+def test_repository_id_follows_a_push(folder):
+    before = write_card(folder).read_text()
+    set_repo_id(folder, "alice/elsewhere")
+    after = (folder / "README.md").read_text()
+    assert 'model_id = "alice/elsewhere"\n' in after and after.count("alice") == 1
+    set_repo_id(folder, "my-vim")
+    assert (folder / "README.md").read_text() == before
+
+
+def test_names_of_folders_never_become_code(tmp_path):
+    folder = tmp_path / 'a"; raise SystemExit("run"); "\n\n# Injected'
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"architectures": ["VimModel"]}))
+    text = write_card(folder).read_text()
+    snippet = re.search(r"```python\n(.*?)```", text, flags=re.S)[1]
+    assignment = snippet.splitlines()[2]
+    assert assignment.startswith("model_id = ")
+    assert ast.literal_eval(assignment.removeprefix("model_id = ")) == 'a"; raise SystemExit("run"); " # Injected'
+    assert "\n# Injected" not in text
+
+
+def test_what_the_snippet_prints_and_how_training_went(tmp_path):
+    VimForImageClassification(tiny_vim_config(num_labels=4)).save_pretrained(tmp_path / "vim")
+    vim_image_processor(16).save_pretrained(tmp_path / "vim")
+    history = [{"loss": 2.0 / (step + 1), "step": 10 * step} for step in range(30)]
+    history.append({"eval_loss": 0.5, "eval_accuracy": 0.75, "eval_runtime": 3.0, "step": 290})
+    require_package("matplotlib")
+    assert draw_log(history, tmp_path / "vim" / "training.png", "Course")
+    text = write_card(tmp_path / "vim", method="vim", history=history).read_text()
+    output = re.search(r"prints\n\n```\n(.*?)\n```", text, flags=re.S)[1]
+    assert len(ast.literal_eval(output)) == 2 and "'label': 'LABEL_" in output
+    assert "![Course of the training](training.png)" in text
+    assert "| Step | Training loss | Evaluation loss | Accuracy |" in text and "| 290 | 0.06667 | 0.5 | 0.75 |" in text
+    assert len(re.findall(r"^\| \d", text, flags=re.M)) == 10 and "runtime" not in text
+    assert not draw_log([{"loss": 1.0, "step": 1}], tmp_path / "none.png", "One point")
 
 
 def test_metadata_without_a_task_gets_no_index(folder):
-    card = render_model_card(folder, config={}, results=RESULTS, evaluated_on="digits")
+    card = render_card(folder, config={}, results=RESULTS, evaluated_on="digits")
     assert card.data.pipeline_tag is None and card.data.eval_results is None
     assert isinstance(card.data, ModelCardData)
 
@@ -185,7 +258,7 @@ FULL = {
 
 def test_card_of_a_router(tmp_path):
     results = [CardResult("Accuracy", 0.5, 0.6, "accuracy")]
-    card = render_model_card(
+    card = render_card(
         tmp_path, "alice/r", config=ROUTER, method="token-router", results=results, evaluated_on="arc_easy"
     )
     assert (card.data.pipeline_tag, card.data.base_model) == ("text-generation", "alice/llama")
@@ -200,18 +273,15 @@ def test_card_of_a_router(tmp_path):
 
 
 def test_card_of_a_full_checkpoint(tmp_path):
-    text = render_model_card(tmp_path, config=FULL).text
+    text = render_card(tmp_path, config=FULL).text
     assert 'AutoTokenizer.from_pretrained(model.config.token_router["base_model_name_or_path"])' in text
     assert "classes" not in text and "run dense" not in text and "print(model.routing_report)" in text
     (tmp_path / "tokenizer.json").write_text("{}")
-    assert (
-        "AutoTokenizer.from_pretrained(model_id, trust_remote_code=True)"
-        in render_model_card(tmp_path, config=FULL).text
-    )
+    assert "AutoTokenizer.from_pretrained(model_id, trust_remote_code=True)" in render_card(tmp_path, config=FULL).text
 
 
 def test_card_of_any_language_model(tmp_path):
-    text = render_model_card(tmp_path, config={"architectures": ["LlamaForCausalLM"]}).text
+    text = render_card(tmp_path, config={"architectures": ["LlamaForCausalLM"]}).text
     assert "AutoTokenizer.from_pretrained(model_id)\n" in text and "routing" not in text.lower()
 
 
@@ -226,7 +296,7 @@ def test_snippets_of_language_models_run(kind, tmp_path):
         model = model.to_full_checkpoint()
         tiny_tokenizer(bos_token="<s>").save_pretrained(tmp_path / kind)
     model.save_pretrained(tmp_path / kind)
-    text = write_model_card(tmp_path / kind, method="token-router").read_text()
+    text = write_card(tmp_path / kind, method="token-router").read_text()
     snippet = re.search(r"```python\n(.*?)```", text, flags=re.S)[1]
     printed = run_python(snippet, cwd=tmp_path, without_package=True)
     assert "% skipped" in printed.splitlines()[-1]

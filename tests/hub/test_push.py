@@ -1,14 +1,18 @@
 """Pushing a folder: what is refused and why, and what arrives."""
 
+import gzip
+import io
 import json
+import pickle
+from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from hub.conftest import ALICE
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
-from hf_effml.hub import push_folder, write_model_card
-from hf_effml.hub.push import check_folder
+from hf_effml.hub import check_folder, push_folder, write_card
 
 
 @pytest.fixture
@@ -21,7 +25,7 @@ def folder(tmp_path):
     for name in ("training_args.bin", "optimizer.pt", "rng_state_0.pth", "checkpoint-2/optimizer.pt"):
         torch.save({"output_dir": "/home/alice/secret"}, folder / name)
     (folder / "trainer_state.json").write_text('{"best_model_checkpoint": "/home/alice/secret"}')
-    write_model_card(folder, method="vim")
+    write_card(folder, method="vim")
     return folder
 
 
@@ -53,6 +57,97 @@ def test_what_is_refused(folder, name, content, remark):
         push_folder(folder, "alice/m")
     assert remark in str(error.value) and "is not ready for the Hub" in str(error.value)
     assert "A" * 34 not in str(error.value)
+
+
+SECRET = "hf_" + "B" * 34
+
+
+def _pickle(protocol):
+    return pickle.dumps(Path("x"), protocol=protocol)
+
+
+def _tensors(metadata=None, **tensors):
+    return save({"weight": torch.ones(300), **tensors}, metadata)
+
+
+def _archive():
+    file = io.BytesIO()
+    torch.save({"weight": torch.ones(3)}, file)
+    return file.getvalue()
+
+
+def _array(values):
+    file = io.BytesIO()
+    numpy.save(file, values, allow_pickle=True)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "name, content, remark",
+    [
+        ("model.safetensors", b"", "`model.safetensors` is empty, cut off or no safetensors file"),
+        ("model.safetensors", b"x" * 1000, "`model.safetensors` is empty, cut off or no safetensors file"),
+        ("model.safetensors", _tensors()[:-8], "`model.safetensors` is empty, cut off or no safetensors file"),
+        ("model.safetensors", save({}), "`model.safetensors` holds no tensors"),
+        ("model.safetensors", _tensors({"by": SECRET}), "what looks like an access token"),
+        ("model.safetensors", _tensors({"from": "/home/alice/x"}), "a folder of this machine (`/home/alice`)"),
+        ("README.md", b"", "`README.md` is empty or cut off"),
+        ("README.md", b"---\nlicense: mit\n", "`README.md` is empty or cut off"),
+        ("README.md", b"---\nlicense: mit\n---\n", "`README.md` is empty or cut off"),
+        ("README.md", b"# A\n<!-- hf-effml: use 01234567 -->\n## Use", "`README.md` is empty or cut off"),
+        ("README.md", "# Über".encode("utf-16"), "`README.md` is no text in UTF-8"),
+        ("config.json", b'{"architectures": [', "`config.json` is empty or cut off"),
+        ("notes.txt", SECRET.encode("utf-16"), "(UTF-16-LE) begins what looks like an access token"),
+        ("notes.txt", f"in {SECRET}".encode("utf-16-be"), "(UTF-16-BE) begins what looks like an access token"),
+        ("notes.txt", f"in {SECRET}".encode("utf-32-le"), "(UTF-32-LE) begins what looks like an access token"),
+        ("notes.txt", r"C:\Users\alice".encode("utf-16"), "(UTF-16-LE) names a folder of this machine"),
+        ("picture.png", b"\x89PNG\xff" + SECRET.encode(), "byte 5 begins what looks like an access token"),
+        ("keys.env", b"OPENAI=sk-proj-" + b"a1B2" * 8, "line 1 holds what looks like an access token"),
+        ("keys.env", b"AWS=AKIA" + b"A1B2" * 4, "line 1 holds what looks like an access token"),
+        ("keys.env", b"GITHUB=ghp_" + b"a1B2" * 9, "line 1 holds what looks like an access token"),
+        ("weights.PT", b"x", "`weights.PT` may be a pickle"),
+        ("weights.data", _archive(), "`weights.data` may be a pickle"),
+        ("weights.txt", _pickle(4), "`weights.txt` may be a pickle"),
+        ("weights.txt", _pickle(0), "`weights.txt` may be a pickle"),
+        ("objects.npy", _array(numpy.array([Path("x")], dtype=object)), "`objects.npy` may be a pickle"),
+        ("squeezed.data", gzip.compress(_pickle(4)), "`squeezed.data` may be a pickle"),
+        (".tmpAbc12D", b"x", "`.tmpAbc12D` was left by a process that was killed"),
+        (".config.json.a1b2c3d4.unfinished", b"x", "unfinished` was left by a process that was killed"),
+        ("wandb/run/output.log", b"x", "`wandb/run/output.log` is a log of an experiment tracker"),
+        ("logs/mlruns/0/meta.yaml", b"x", "`logs/mlruns/0/meta.yaml` is a log of an experiment tracker"),
+    ],
+)
+def test_contents_that_are_refused(folder, name, content, remark):
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_bytes(content)
+    with pytest.raises(ValueError) as error:
+        check_folder(folder)
+    assert remark in str(error.value)
+    assert "BBBB" not in str(error.value)
+
+
+def test_links_that_leave_the_folder_are_refused(folder):
+    outside = folder.parent / "outside.txt"
+    outside.write_text("not for everybody")
+    (folder / "inside.json").symlink_to("config.json")
+    check_folder(folder)
+    for name, target in (("notes.txt", outside), ("notes", folder.parent), ("gone", folder / "nothing")):
+        (folder / name).symlink_to(target)
+        with pytest.raises(ValueError, match=f"`{name}` is a link"):
+            check_folder(folder)
+        (folder / name).unlink()
+
+
+def test_contents_that_are_fine(folder):
+    for name, content in {
+        "numbers.npy": _array(numpy.arange(3)),
+        "notes.txt": b"hf_effml, sk-learn-like-names-with-hyphens, AKIA and /home/ are no secrets. i0 (lp1 .",
+        "data.bin.txt": bytes(range(256)) * 9,
+        "deep/.gitattributes": b"*.safetensors filter=lfs",
+    }.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
+    check_folder(folder)
 
 
 def test_all_remarks_come_at_once(folder):

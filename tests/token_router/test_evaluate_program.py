@@ -9,7 +9,7 @@ from PIL import Image
 from helpers import require_package, tiny_language_model, tiny_tokenizer
 from hf_effml import TokenRouterConfig, TokenRouterModel
 from hf_effml.cli.parsing import run_script
-from hf_effml.hub import CardResult, write_model_card
+from hf_effml.hub import CardResult, write_card
 from hf_effml.scripts import evaluate_token_router
 from hf_effml.scripts.evaluate_token_router import ROWS, Variant, main
 
@@ -38,7 +38,7 @@ def router(base, tmp_path):
             parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
     model.save_pretrained(tmp_path / "my-router")
     results = [CardResult("Keys and values of the prompt", 0.5, 1.0)]
-    write_model_card(tmp_path / "my-router", results=results, evaluated_on="pydoc, prompts of 24 tokens")
+    write_card(tmp_path / "my-router", results=results, evaluated_on="pydoc, prompts of 24 tokens")
     return tmp_path / "my-router"
 
 
@@ -96,7 +96,11 @@ def test_a_router_with_questions_card_and_picture(router, questions, tmp_path, c
     assert set(own["accuracy"]) == {"even"} and own["task_sparsity"]["even"] > 0.2
     card = (router / "README.md").read_text()
     assert f"| Keys and values of the prompt | {own['cache']:.4g} | 1 |" in card
-    assert "| Accuracy, even | " in card and "Time of the prompt (ms per batch, cpu, batch 2)" in card
+    assert (
+        "Measured on even.\n" in card
+        and "| Accuracy | " in card
+        and "Time of the prompt (ms per batch, cpu, batch 2)" in card
+    )
     assert Image.open(picture).width > 900
     text = capsys.readouterr().out
     assert f"Drew {picture}" in text and "Renewed" in text and "even  retention" in text

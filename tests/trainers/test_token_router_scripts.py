@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from helpers import require_package
 from hf_effml import TokenRouterModel
-from hf_effml.hub.push import check_folder
+from hf_effml.hub import check_folder
 from hf_effml.scripts import experiment_token_router, train_token_router
 
 

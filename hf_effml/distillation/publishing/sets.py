@@ -164,7 +164,7 @@ def save_distilled_dataset(
     """Writes a synthetic set as a data set that loads with `datasets` alone.
 
     The folder gets a table, `distillation.json`, the image processor and a picture. Its card is written by
-    [`~hf_effml.hub.write_dataset_card`], and [`~hf_effml.hub.push_folder`] (`hf-effml push`) pushes it.
+    [`~hf_effml.hub.write_card`], and [`~hf_effml.hub.push_folder`] (`hf-effml push`) pushes it.
 
     Args:
         model ([`DistilledDatasetModel`]):

@@ -20,7 +20,7 @@ _COLUMNS = {
 _SCORES = ("HLR", "IOR", "LRS", "ARS")
 
 
-def merge_results(known: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def merge_evaluations(known: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Adds reports to others.
 
     Args:
@@ -35,7 +35,7 @@ def merge_results(known: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str,
     return list({_identity(report): dict(report) for report in [*known, *new]}.values())
 
 
-def results_section(info: Mapping[str, Any]) -> str:
+def evaluations_section(info: Mapping[str, Any]) -> str:
     """Writes the results of a distilled set, each with the rules it was measured by.
 
     Args:
