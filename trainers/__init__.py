@@ -7,7 +7,7 @@ from .dyvm import DyVMTrainer, DyVMTrainingArguments
 from .edf import EDFTrainer, EDFTrainingArguments
 from .expert import ExpertTrainer, ExpertTrainingArguments
 from .pad import PADTrainer, PADTrainingArguments
-from .rmeeto import MergeWarmupCallback, RMeeToTrainer, RMeeToTrainingArguments, distillation_loss
+from .rmeeto import MergeWarmupCallback, RMeeToTrainer, RMeeToTrainingArguments
 from .token_router import TokenRouterTrainer, TokenRouterTrainingArguments
 from .trajectory_matching import TrajectoryMatchingTrainer, TrajectoryMatchingTrainingArguments
 from .vim import VimTrainer, VimTrainingArguments
@@ -34,7 +34,6 @@ __all__ = [
     "TrajectoryMatchingTrainingArguments",
     "VimTrainer",
     "VimTrainingArguments",
-    "distillation_loss",
     "load_image_data",
     "load_image_processor",
 ]

@@ -1,6 +1,5 @@
 """DyVM's fine-tuning: which tokens and which scans a Vision Mamba needs is learned beside a dense teacher."""
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,17 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
-from transformers import AutoModelForImageClassification
 
-from hf_effml.vim.dyvm_losses import distillation_losses, patch_features, ratio_losses
+from hf_effml.vim.losses import dyvm_distillation_losses, dyvm_patch_features, dyvm_ratio_losses
 from hf_effml.vim.modeling_dyvm import DyVMForImageClassification
 from hf_effml.vim.modeling_vim import VimForImageClassification
 
-from .vision import VisionTrainer, VisionTrainingArguments
+from .vision import TaughtTrainer, TaughtTrainingArguments
 
 
 @dataclass
-class DyVMTrainingArguments(VisionTrainingArguments):
+class DyVMTrainingArguments(TaughtTrainingArguments):
     """How to fine-tune a model that drops tokens and skips scans.
 
     The defaults are the official ones of DyVM-Vim-S (https://huggingface.co/papers/2504.04787) on ImageNet with a
@@ -38,7 +36,6 @@ class DyVMTrainingArguments(VisionTrainingArguments):
             0 leaves the gates as they were trained, as the paper does.
     """
 
-    teacher: str = field(default="self", metadata={"help": '"self", the folder or Hub id of a teacher, or "none".'})
     calibration_images: int = field(
         default=1024, metadata={"help": "Training images that set the gates after training; 0 for none."}
     )
@@ -59,7 +56,7 @@ class DyVMTrainingArguments(VisionTrainingArguments):
         super().__post_init__()
 
 
-class DyVMTrainer(VisionTrainer):
+class DyVMTrainer(TaughtTrainer):
     """Fine-tunes a Vision Mamba that drops tokens and skips scans (https://huggingface.co/papers/2504.04787).
 
     The loss has five terms: cross-entropy, with soft labels too; how far the tokens kept and the scans run are from
@@ -112,38 +109,49 @@ class DyVMTrainer(VisionTrainer):
     _paper = "2504.04787"
     _tags = ("vision-mamba",)
 
-    def __init__(
-        self,
-        model: nn.Module | None = None,
-        args: DyVMTrainingArguments | None = None,
-        teacher: nn.Module | None = None,
-        **kwargs: Any,
-    ):
-        if not isinstance(args, DyVMTrainingArguments):
-            raise TypeError(f"`args` must be `DyVMTrainingArguments`; got a `{type(args).__name__}`.")
-        super().__init__(model, args, **kwargs)
-        self._student = _find_dyvm(self.model)
-        if args.calibration_images and self.train_dataset is not None and not hasattr(self.train_dataset, "__len__"):
+    _arguments = DyVMTrainingArguments
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        self._scans_run: list[Tensor] = []
+        super().__init__(*args, **kwargs)
+        images = self.args.calibration_images
+        if images and self.train_dataset is not None and not hasattr(self.train_dataset, "__len__"):
             raise ValueError(
-                f"`calibration_images` of {args.calibration_images} needs training data of known length; got a "
+                f"`calibration_images` of {images} needs training data of known length; got a "
                 f"`{type(self.train_dataset).__name__}`. Set it to 0, and call `model.calibrate_block_gates` yourself."
             )
-        self.teacher = self._make_teacher(teacher)
-        self._scans_run: list[Tensor] = []
+
+    def _find_student(self) -> nn.Module:
+        for module in self.model.modules():
+            if isinstance(module, DyVMForImageClassification):
+                return module
+        raise ValueError(
+            f"The model must be a `DyVMForImageClassification`; got a `{type(self.model).__name__}`. Make one with "
+            "`DyVMForImageClassification.from_vim(model, token_keep_ratio=0.7, block_keep_ratio=0.8)`."
+        )
+
+    def _make_plain(self, teacher: nn.Module) -> None:
+        teacher.set_pruning(False)
+
+    def _check_teacher(self, teacher: nn.Module) -> None:
+        if not isinstance(teacher, VimForImageClassification) or teacher.vim.token_reducer is not None:
+            raise ValueError(
+                f"The teacher must be a Vim that keeps all patches; got a `{type(teacher).__name__}`. Pass a "
+                "`VimForImageClassification`."
+            )
+        for name in ("num_labels", "num_patches", "hidden_size"):
+            theirs, ours = getattr(teacher.config, name), getattr(self._student.config, name)
+            if theirs != ours:
+                raise ValueError(
+                    f"Teacher and model must agree in `{name}`; got {theirs} and {ours}. Take the model that this one "
+                    'was made from, or `teacher="self"` in `args`.'
+                )
 
     def _make_teacher(self, teacher: nn.Module | None) -> nn.Module | None:
-        if teacher is None and self.args.teacher == "none":
-            return None
-        if teacher is None and self.args.teacher == "self":
-            teacher = copy.deepcopy(self._student)
-        elif teacher is None:
-            teacher = AutoModelForImageClassification.from_pretrained(self.args.teacher)
-        elif teacher is self.model:
-            raise ValueError('The teacher is frozen and cannot be the model itself. Set `teacher="self"` in `args`.')
-        _check_teacher(teacher, self._student)
+        teacher = super()._make_teacher(teacher)
         if isinstance(teacher, DyVMForImageClassification):
-            teacher.set_pruning(False)
-        return teacher.to(self.args.device).eval().requires_grad_(False)
+            self._make_plain(teacher)
+        return teacher
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Trains the model, and sets its gates when it is done; the rest is as in [`VisionTrainer`].
@@ -184,49 +192,28 @@ class DyVMTrainer(VisionTrainer):
         others = [limit for limit in self.card_facts.get("limits", ()) if not limit.startswith("Its gates were set")]
         self.card_facts["limits"] = [*others, note]
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        """Computes the mean loss of a batch; in evaluation mode it is the cross-entropy.
+    def _classification_loss(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
+        loss, outputs = super()._classification_loss(model, inputs)
+        if outputs.block_keep_ratio is not None:
+            self._scans_run.append(outputs.block_keep_ratio)
+        return loss, outputs
 
-        Args:
-            model (`nn.Module`):
-                The model in training, maybe wrapped.
-            inputs (`dict`):
-                A batch.
-            return_outputs (`bool`, *optional*, defaults to `False`):
-                Also return what the model put out.
-            num_items_in_batch (`int`, *optional*):
-                Not needed: the loss is a mean.
-
-        Returns:
-            `Tensor`: the loss, or a tuple of it and the outputs.
-        """
-        if not model.training:
-            loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
-            if outputs.block_keep_ratio is not None:
-                self._scans_run.append(outputs.block_keep_ratio)
-            return (loss, outputs) if return_outputs else loss
+    def _training_loss(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
         images = {name: value for name, value in inputs.items() if name != "labels"}
         outputs = model(**images)
         terms = self._loss_terms(outputs, inputs["labels"], images)
         self._remember(terms, outputs)
-        loss = torch.stack(list(terms.values())).sum()
-        return (loss, outputs) if return_outputs else loss
+        return torch.stack(list(terms.values())).sum(), outputs
 
     def _loss_terms(self, outputs: Any, labels: Tensor, images: Mapping[str, Any]) -> dict[str, Tensor]:
         """The terms of the loss with their weights, in float32."""
         config, smoothing = self._student.config, self.args.label_smoothing_factor
         terms = {"classification": F.cross_entropy(outputs.logits.float(), labels, label_smoothing=smoothing)}
-        terms |= ratio_losses(outputs, config)
+        terms |= dyvm_ratio_losses(outputs, config)
         if self.teacher is not None:
             with torch.no_grad(), self.accelerator.autocast():
                 logits, features = _ask_teacher(self.teacher, images)
-            terms |= distillation_losses(outputs, logits, features, config)
+            terms |= dyvm_distillation_losses(outputs, logits, features, config)
         return terms
 
     def _remember(self, terms: Mapping[str, Tensor], outputs: Any) -> None:
@@ -253,35 +240,10 @@ class DyVMTrainer(VisionTrainer):
         return output
 
 
-def _find_dyvm(model: nn.Module) -> DyVMForImageClassification:
-    for module in model.modules():
-        if isinstance(module, DyVMForImageClassification):
-            return module
-    raise ValueError(
-        f"The model must be a `DyVMForImageClassification`; got a `{type(model).__name__}`. Make one with "
-        "`DyVMForImageClassification.from_vim(model, token_keep_ratio=0.7, block_keep_ratio=0.8)`."
-    )
-
-
-def _check_teacher(teacher: nn.Module, student: DyVMForImageClassification) -> None:
-    if not isinstance(teacher, VimForImageClassification) or teacher.vim.token_reducer is not None:
-        raise ValueError(
-            f"The teacher must be a Vim that keeps all patches; got a `{type(teacher).__name__}`. Pass a "
-            "`VimForImageClassification`."
-        )
-    for name in ("num_labels", "num_patches", "hidden_size"):
-        theirs, ours = getattr(teacher.config, name), getattr(student.config, name)
-        if theirs != ours:
-            raise ValueError(
-                f"Teacher and model must agree in `{name}`; got {theirs} and {ours}. Take the model that this one was "
-                'made from, or `teacher="self"` in `args`.'
-            )
-
-
 def _ask_teacher(teacher: VimForImageClassification, images: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """Scores, and features of the patch tokens in their original order."""
     outputs = teacher.vim(**images)
-    features = patch_features(outputs.last_hidden_state, outputs.cls_token_index)
+    features = dyvm_patch_features(outputs.last_hidden_state, outputs.cls_token_index)
     return teacher.classifier(outputs.pooler_output), features
 
 

@@ -5,20 +5,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForImageClassification, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 from hf_effml.vim.configuration_rmeeto import requested_merges
+from hf_effml.vim.losses import logit_divergence
 from hf_effml.vim.modeling_rmeeto import TokenMerger, remove_token_merging
 from hf_effml.vim.modeling_vim import VimModel
 
-from .vision import VisionTrainer, VisionTrainingArguments
+from .vision import TaughtTrainer, TaughtTrainingArguments
 
 
 @dataclass
-class RMeeToTrainingArguments(VisionTrainingArguments):
+class RMeeToTrainingArguments(TaughtTrainingArguments):
     """How to re-train a model with merged tokens.
 
     The defaults are the paper's (https://huggingface.co/papers/2412.12496) for Vim-S and Vim-B on ImageNet with a
@@ -39,7 +39,6 @@ class RMeeToTrainingArguments(VisionTrainingArguments):
             paper.
     """
 
-    teacher: str = field(default="self", metadata={"help": '"self", the folder or Hub id of a teacher, or "none".'})
     distill_weight: float = field(default=0.5, metadata={"help": "Weight of the divergence from the teacher."})
     distill_temperature: float = field(default=1.0, metadata={"help": "Temperature of both softmaxes."})
     merge_warmup: float = field(default=0.0, metadata={"help": "Share of the steps in which merging grows."})
@@ -107,11 +106,12 @@ class MergeWarmupCallback(TrainerCallback):
             vim.token_reducer = full
 
 
-class RMeeToTrainer(VisionTrainer):
+class RMeeToTrainer(TaughtTrainer):
     """Re-trains a Vision Mamba with merged tokens (https://huggingface.co/papers/2412.12496).
 
-    The loss is the cross-entropy, with soft labels too, plus `distill_weight` times [`distillation_loss`]. Evaluations
-    report the cross-entropy alone. The teacher takes no part in saving, nor in the synchronisation of processes.
+    The loss is the cross-entropy, with soft labels too, plus `distill_weight` times the divergence from the teacher,
+    whose mean training logs as `distill_loss`. Evaluations report the cross-entropy alone. The teacher takes no part
+    in saving, nor in the synchronisation of processes.
 
     Args:
         model (`PreTrainedModel`):
@@ -149,107 +149,41 @@ class RMeeToTrainer(VisionTrainer):
     _paper = "2412.12496"
     _tags = ("vision-mamba",)
 
-    def __init__(
-        self,
-        model: nn.Module | None = None,
-        args: RMeeToTrainingArguments | None = None,
-        teacher: nn.Module | None = None,
-        **kwargs: Any,
-    ):
-        if not isinstance(args, RMeeToTrainingArguments):
-            raise TypeError(f"`args` must be `RMeeToTrainingArguments`; got a `{type(args).__name__}`.")
-        super().__init__(model, args, **kwargs)
+    _arguments = RMeeToTrainingArguments
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        if self.args.merge_warmup:
+            self.add_callback(MergeWarmupCallback(self.args.merge_warmup))
+
+    def _find_student(self) -> nn.Module:
         if not _merging_vims(self.model):
             raise ValueError(
                 f"The model must be a Vim with merged tokens; got a `{type(self.model).__name__}` without. Make one "
                 "with `RMeeToVimForImageClassification.from_vim(model, merge_r=...)`, or call `apply_token_merging`."
             )
-        self.teacher = self._make_teacher(teacher)
-        if self.args.merge_warmup:
-            self.add_callback(MergeWarmupCallback(self.args.merge_warmup))
-        self._divergence = torch.zeros(2, device=self.args.device)
+        return self.model
 
-    def _make_teacher(self, teacher: nn.Module | None) -> nn.Module | None:
-        if teacher is None and self.args.teacher == "none":
-            return None
-        if teacher is None and self.args.teacher == "self":
-            teacher = copy.deepcopy(self.model)
-            remove_token_merging(teacher)
-        elif teacher is None:
-            teacher = AutoModelForImageClassification.from_pretrained(self.args.teacher)
-        elif teacher is self.model:
-            raise ValueError('The teacher is frozen and cannot be the model itself. Set `teacher="self"` in `args`.')
+    def _make_plain(self, teacher: nn.Module) -> None:
+        remove_token_merging(teacher)
+
+    def _check_teacher(self, teacher: nn.Module) -> None:
         if teacher.config.num_labels != self.model.config.num_labels:
             raise ValueError(
                 f"Teacher and model must know the same classes; got {teacher.config.num_labels} and "
                 f"{self.model.config.num_labels}. Train the teacher on this data, or take another one."
             )
-        return teacher.to(self.args.device).eval().requires_grad_(False)
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        """Computes the mean loss of a batch.
-
-        Args:
-            model (`nn.Module`):
-                The model in training, maybe wrapped.
-            inputs (`dict`):
-                A batch.
-            return_outputs (`bool`, *optional*, defaults to `False`):
-                Also return what the model put out.
-            num_items_in_batch (`int`, *optional*):
-                Not needed: the loss is a mean.
-
-        Returns:
-            `Tensor`: the loss, or a tuple of it and the outputs.
-        """
+    def _training_loss(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
         images = {name: value for name, value in inputs.items() if name != "labels"}
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
-        if self.teacher is not None and model.training:
+        loss, outputs = self._classification_loss(model, inputs)
+        if self.teacher is not None:
             with torch.no_grad():
                 teacher_logits = self.teacher(**images).logits
-            divergence = distillation_loss(outputs.logits, teacher_logits, self.args.distill_temperature)
-            # Their sum and number: nothing waits for the device before the next log.
-            self._divergence += torch.stack([divergence.detach(), torch.ones_like(divergence)])
+            divergence = logit_divergence(outputs.logits, teacher_logits, self.args.distill_temperature)
+            self.average_in_log({"distill_loss": divergence})
             loss = loss + self.args.distill_weight * divergence
-        return (loss, outputs) if return_outputs else loss
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds `distill_loss`, the mean divergence from the teacher since the last time, to what training logs.
-
-        Args:
-            logs (`dict[str, float]`):
-                The values to log.
-        """
-        if "loss" in logs and self.teacher is not None:
-            total, count = self.accelerator.reduce(self._divergence).tolist()
-            logs["distill_loss"] = total / count
-            self._divergence.zero_()
-        super().log(logs, *args, **kwargs)
-
-
-def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """Measures how far the student's classes are from the teacher's: the Kullback-Leibler divergence of a mean image.
-
-    Args:
-        student_logits (`Tensor` of shape `(batch, num_labels)`):
-            Scores of the model in training.
-        teacher_logits (`Tensor` of shape `(batch, num_labels)`):
-            Scores of the teacher.
-        temperature (`float`, *optional*, defaults to 1.0):
-            Divides both scores; the result is multiplied by its square, so that gradients keep their size.
-
-    Returns:
-        `Tensor`: the divergence.
-    """
-    student = F.log_softmax(student_logits.float() / temperature, dim=-1)
-    teacher = F.log_softmax(teacher_logits.float() / temperature, dim=-1)
-    return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
+        return loss, outputs
 
 
 def _merging_vims(model: nn.Module) -> list[tuple[VimModel, TokenMerger]]:

@@ -1,5 +1,6 @@
-"""What trainers of image models share: mixed labels, exactly repeatable augmentation, a moving average of weights."""
+"""What trainers of image models share: mixed labels, a moving average of weights, a frozen teacher."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,7 +12,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
-from transformers import EvalPrediction, TrainerCallback, TrainingArguments, default_data_collator
+from transformers import (
+    AutoModelForImageClassification,
+    EvalPrediction,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+)
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 from hf_effml.utils.augmentation import MixupCollator
@@ -59,8 +66,6 @@ class VisionTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"`ema_decay` must be between 0 and 1; got {self.ema_decay}. Leave it out for none.")
-        if self.lr_scheduler_type == "cosine_with_min_lr" and not self.lr_scheduler_kwargs:
-            self.lr_scheduler_kwargs = {"min_lr": self.min_learning_rate}
         super().__post_init__()
 
 
@@ -78,6 +83,9 @@ class VisionTrainer(EffMLTrainer):
         kwargs.setdefault("compute_metrics", accuracy)
         self._averaging = _AverageCallback()
         super().__init__(*args, **kwargs)
+        own = self.args
+        if isinstance(own, VisionTrainingArguments) and own.lr_scheduler_type == "cosine_with_min_lr":
+            own.lr_scheduler_kwargs = own.lr_scheduler_kwargs or {"min_lr": own.min_learning_rate}
         # The loss is the mean of a batch, also where the model's `forward` takes further keywords.
         self.model_accepts_loss_kwargs = False
         if self.args.label_smoothing_factor and isinstance(self.data_collator, MixupCollator):
@@ -150,6 +158,111 @@ class VisionTrainer(EffMLTrainer):
             yield
         finally:
             self.data_collator = collator
+
+
+@dataclass
+class TaughtTrainingArguments(VisionTrainingArguments):
+    """How to train an image model beside a frozen teacher.
+
+    Args:
+        teacher (`str`, *optional*, defaults to `"self"`):
+            `"self"` is a frozen copy of the model as it comes, without what the method adds. Otherwise the folder or
+            Hub id of an image classifier with the same classes, or `"none"`.
+    """
+
+    teacher: str = field(default="self", metadata={"help": '"self", the folder or Hub id of a teacher, or "none".'})
+
+
+class TaughtTrainer(VisionTrainer):
+    """A [`VisionTrainer`] of models that learn from labels and from a frozen teacher. Subclasses say which.
+
+    Evaluations report the cross-entropy alone. The teacher takes no part in saving, nor in the synchronisation of
+    processes.
+
+    Args:
+        model (`nn.Module`):
+            The model, PEFT around it or not.
+        args ([`TaughtTrainingArguments`]):
+            How to train; of the subclass's own class.
+        teacher (`nn.Module`, *optional*):
+            A loaded teacher, instead of the one that `args.teacher` names. It is frozen and put in evaluation mode.
+        kwargs (`dict`, *optional*):
+            As for [`~transformers.Trainer`].
+    """
+
+    _arguments: type[TaughtTrainingArguments] = TaughtTrainingArguments
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: TaughtTrainingArguments | None = None,
+        teacher: nn.Module | None = None,
+        **kwargs: Any,
+    ):
+        if not isinstance(args, self._arguments):
+            raise TypeError(f"`args` must be `{self._arguments.__name__}`; got a `{type(args).__name__}`.")
+        super().__init__(model, args, **kwargs)
+        self._student = self._find_student()
+        self.teacher = self._make_teacher(teacher)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Computes the mean loss of a batch; in evaluation mode it is the cross-entropy.
+
+        Args:
+            model (`nn.Module`):
+                The model in training, maybe wrapped.
+            inputs (`dict`):
+                A batch.
+            return_outputs (`bool`, *optional*, defaults to `False`):
+                Also return what the model put out.
+            num_items_in_batch (`int`, *optional*):
+                Not needed: the loss is a mean.
+
+        Returns:
+            `Tensor`: the loss, or a tuple of it and the outputs.
+        """
+        compute = self._training_loss if model.training else self._classification_loss
+        loss, outputs = compute(model, inputs)
+        return (loss, outputs) if return_outputs else loss
+
+    def _classification_loss(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
+        return super().compute_loss(model, inputs, return_outputs=True)
+
+    def _training_loss(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
+        """The method's loss of a batch, and what the model put out."""
+        raise NotImplementedError
+
+    def _find_student(self) -> nn.Module:
+        """What of the model a teacher is made from; raises `ValueError` if it is none for the method."""
+        raise NotImplementedError
+
+    def _check_teacher(self, teacher: nn.Module) -> None:
+        """Raises `ValueError` if it cannot teach this model."""
+        raise NotImplementedError
+
+    def _make_plain(self, teacher: nn.Module) -> None:
+        """Takes out of a copy of the student what the method added."""
+        raise NotImplementedError
+
+    def _make_teacher(self, teacher: nn.Module | None) -> nn.Module | None:
+        if teacher is self.model:
+            raise ValueError('The teacher is frozen and cannot be the model itself. Set `teacher="self"` in `args`.')
+        if teacher is None:
+            if self.args.teacher == "none":
+                return None
+            if self.args.teacher == "self":
+                teacher = copy.deepcopy(self._student)
+                self._make_plain(teacher)
+            else:
+                teacher = AutoModelForImageClassification.from_pretrained(self.args.teacher)
+        self._check_teacher(teacher)
+        return teacher.to(self.args.device).eval().requires_grad_(False)
 
 
 class WeightAverage:

@@ -13,9 +13,9 @@ from transformers.utils import logging
 from .configuration_dyvm import DyVMConfig
 from .configuration_vim import VimConfig
 from .direction_gates import DyVMBlock, DyVMGateHead
-from .dyvm_losses import patch_features, ratio_losses
 from .dyvm_run import DyVMRun
 from .gate_calibration import calibrate
+from .losses import dyvm_patch_features, dyvm_ratio_losses
 from .modeling_vim import (
     VimForImageClassification,
     VimImageClassifierOutput,
@@ -331,7 +331,7 @@ class DyVMForImageClassification(DyVMPreTrainedModel, VimForImageClassification)
 
     def _loss(self, logits: Tensor, labels: Tensor, outputs: DyVMModelOutput) -> Tensor:
         loss = super()._loss(logits, labels, outputs)
-        return loss + sum(ratio_losses(outputs, self.config).values()) if self.training else loss
+        return loss + sum(dyvm_ratio_losses(outputs, self.config).values()) if self.training else loss
 
     def _output(self, loss: Tensor | None, logits: Tensor, outputs: DyVMModelOutput) -> DyVMImageClassifierOutput:
         shared = {name: value for name, value in outputs.items() if name != "pooler_output"}
@@ -347,7 +347,7 @@ class DyVMForImageClassification(DyVMPreTrainedModel, VimForImageClassification)
         Returns:
             `Tensor` of shape `(batch, patches, hidden_size)`: In the order of `outputs.token_positions`.
         """
-        return patch_features(outputs.last_hidden_state, outputs.cls_token_index)
+        return dyvm_patch_features(outputs.last_hidden_state, outputs.cls_token_index)
 
 
 def _encoders(model: nn.Module) -> list[DyVMEncoder]:

@@ -20,12 +20,12 @@ from hf_effml import (
     vim_image_processor,
 )
 from hf_effml.utils.image_data import ImageSplit
-from hf_effml.vim.dyvm_losses import (
-    block_ratio_loss,
-    logit_distillation_loss,
-    patch_features,
-    token_distillation_loss,
-    token_ratio_loss,
+from hf_effml.vim.losses import (
+    dyvm_block_ratio_loss,
+    dyvm_patch_features,
+    dyvm_token_distillation_loss,
+    dyvm_token_ratio_loss,
+    logit_divergence,
 )
 
 
@@ -79,14 +79,14 @@ def test_loss_is_the_sum_of_the_five(tmp_path, labels):
     assert torch.equal(again.logits, outputs.logits)
     with torch.no_grad():
         seen = start.eval().vim(given["pixel_values"])
-        teacher = patch_features(seen.last_hidden_state, seen.cls_token_index)
-        features = patch_features(again.last_hidden_state, again.cls_token_index)
+        teacher = dyvm_patch_features(seen.last_hidden_state, seen.cls_token_index)
+        features = dyvm_patch_features(again.last_hidden_state, again.cls_token_index)
         expected = (
             F.cross_entropy(again.logits, labels)
-            + 7.0 * token_ratio_loss(again.token_decisions, model.config.token_keep_ratio)
-            + 10.0 * block_ratio_loss(again.block_gates, 0.7)
-            + 0.25 * logit_distillation_loss(again.logits, start(given["pixel_values"]).logits)
-            + 0.25 * token_distillation_loss(features, teacher, again.token_positions, again.token_policy)
+            + 7.0 * dyvm_token_ratio_loss(again.token_decisions, model.config.token_keep_ratio)
+            + 10.0 * dyvm_block_ratio_loss(again.block_gates, 0.7)
+            + 0.25 * logit_divergence(again.logits, start(given["pixel_values"]).logits)
+            + 0.25 * dyvm_token_distillation_loss(features, teacher, again.token_positions, again.token_policy)
         )
     torch.testing.assert_close(loss.detach(), expected)
     assert loss.dtype == torch.float32

@@ -18,8 +18,8 @@ from hf_effml import (
     VimConfig,
     VimForImageClassification,
     apply_token_merging,
-    distillation_loss,
 )
+from hf_effml.vim.losses import logit_divergence
 
 
 VECTORS = Path(__file__).parents[1] / "vectors" / "rmeeto"
@@ -56,7 +56,7 @@ def test_loss_is_the_papers():
     case = load_file(VECTORS / "distill_loss.safetensors")
     logits = case["student_logits"].requires_grad_()
     loss = torch.nn.functional.cross_entropy(logits, case["soft_labels"])
-    loss = loss + 0.5 * distillation_loss(logits, case["teacher_logits"])
+    loss = loss + 0.5 * logit_divergence(logits, case["teacher_logits"])
     loss.backward()
     torch.testing.assert_close(loss.detach(), case["loss"].squeeze(), atol=1e-6, rtol=0)
     torch.testing.assert_close(logits.grad, case["grad_student_logits"], atol=1e-6, rtol=0)
@@ -66,7 +66,7 @@ def test_temperature_keeps_the_size_of_gradients():
     student, teacher = torch.randn(4, 5, requires_grad=True), torch.randn(4, 5)
     sizes = []
     for temperature in (1.0, 4.0):
-        (gradient,) = torch.autograd.grad(distillation_loss(student, teacher, temperature), student)
+        (gradient,) = torch.autograd.grad(logit_divergence(student, teacher, temperature), student)
         sizes.append(gradient.norm().item())
     assert 0.3 < sizes[1] / sizes[0] < 3
 
@@ -79,7 +79,7 @@ def test_trainer_computes_that_loss(tmp_path):
         plain = VimForImageClassification(VimConfig(**tiny_vim_fields(num_hidden_layers=5, num_labels=4)))
         plain.load_state_dict(model.state_dict())
         output, teacher = model(**batch), plain.eval()(batch["pixel_values"]).logits
-        expected = output.loss + 0.3 * distillation_loss(output.logits, teacher, 2.0)
+        expected = output.loss + 0.3 * logit_divergence(output.logits, teacher, 2.0)
         assert torch.equal(trainer.compute_loss(model, dict(batch)), expected)
         # Evaluations report the cross-entropy alone.
         assert torch.equal(trainer.compute_loss(model.eval(), dict(batch)), model(**batch).loss)

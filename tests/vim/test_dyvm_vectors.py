@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from hf_effml import DyVMConfig, DyVMForImageClassification, VimConfig, VimForImageClassification
 from hf_effml.vim import dyvm_run, token_selection
-from hf_effml.vim.dyvm_losses import distillation_losses, patch_features, ratio_losses
+from hf_effml.vim.losses import dyvm_distillation_losses, dyvm_patch_features, dyvm_ratio_losses
 
 
 VECTORS = Path(__file__).parents[1] / "vectors" / "dyvm"
@@ -147,13 +147,13 @@ def test_training(name, recorded_noise):
         teacher = official_teacher(name)
         seen = teacher.vim(given["pixel_values"])
         teacher_logits = teacher.classifier(seen.pooler_output)
-        teacher_features = patch_features(seen.last_hidden_state, seen.cls_token_index)
+        teacher_features = dyvm_patch_features(seen.last_hidden_state, seen.cls_token_index)
     assert_close(teacher_logits, expected["teacher_logits"])
     assert_close(teacher_features, expected["teacher_patch_features"])
     losses = {
         "cls": F.cross_entropy(output.logits, given["soft_targets"]),
-        **ratio_losses(output, model.config),
-        **distillation_losses(output, teacher_logits, teacher_features, model.config),
+        **dyvm_ratio_losses(output, model.config),
+        **dyvm_distillation_losses(output, teacher_logits, teacher_features, model.config),
     }
     assert len(losses) == 5
     for part, loss in losses.items():

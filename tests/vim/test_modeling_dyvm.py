@@ -19,7 +19,7 @@ from hf_effml import (
 )
 from hf_effml.vim import dyvm_run, modeling_dyvm, token_selection
 from hf_effml.vim.direction_gates import Gating
-from hf_effml.vim.dyvm_losses import ratio_losses
+from hf_effml.vim.losses import dyvm_ratio_losses
 from hf_effml.vim.token_selection import TokenLayout
 
 
@@ -260,7 +260,9 @@ def test_labels():
     output = model(pixels(model.config, 3), labels=labels)
     assert_close(output.loss, nn.functional.cross_entropy(output.logits, labels))
     output = model.train()(pixels(model.config, 3), labels=labels)
-    expected = nn.functional.cross_entropy(output.logits, labels) + sum(ratio_losses(output, model.config).values())
+    expected = nn.functional.cross_entropy(output.logits, labels) + sum(
+        dyvm_ratio_losses(output, model.config).values()
+    )
     assert_close(output.loss, expected, 1e-6)
 
 
@@ -307,7 +309,7 @@ def test_ratio_losses_reach_their_targets():
     generator, seen = torch.Generator().manual_seed(0), []
     for _ in range(200):
         output = model(torch.randn(16, 3, 16, 16, generator=generator), generator=generator)
-        sum(ratio_losses(output, model.config).values()).backward()
+        sum(dyvm_ratio_losses(output, model.config).values()).backward()
         optimizer.step()
         optimizer.zero_grad()
         seen.append(torch.cat([output.token_keep_ratio.mean(0), output.block_keep_ratio.mean(0, keepdim=True)]))

@@ -1,4 +1,4 @@
-"""The losses of DyVM: how many tokens and scans to keep, and staying close to a teacher. All in float32."""
+"""What R-MeeTo and DyVM minimise beside the cross-entropy. All in float32."""
 
 from typing import Any
 
@@ -11,7 +11,26 @@ from .token_reduction import take_rows
 from .token_selection import patch_rows
 
 
-def patch_features(last_hidden_state: Tensor, cls_token_index: Tensor) -> Tensor:
+def logit_divergence(logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """
+    How far classes are from a teacher's: the Kullback-Leibler divergence of a mean image, of R-MeeTo and DyVM alike.
+
+    Args:
+        logits (`Tensor` of shape `(batch, num_labels)`):
+            Scores of the model in training.
+        teacher_logits (`Tensor` of shape `(batch, num_labels)`):
+            Scores of the teacher.
+        temperature (`float`, *optional*, defaults to 1.0):
+            Divides both scores; the result is multiplied by its square, so that gradients keep their size.
+
+    Returns:
+        `Tensor` of shape `()`
+    """
+    student, teacher = (F.log_softmax(scores.float() / temperature, dim=-1) for scores in (logits, teacher_logits))
+    return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
+
+
+def dyvm_patch_features(last_hidden_state: Tensor, cls_token_index: Tensor) -> Tensor:
     """
     Patch tokens without the class token(s).
 
@@ -26,7 +45,7 @@ def patch_features(last_hidden_state: Tensor, cls_token_index: Tensor) -> Tensor
     return take_rows(last_hidden_state, patch_rows(cls_token_index, patches))
 
 
-def token_ratio_loss(token_decisions: tuple[Tensor, ...], keep_ratios: list[float | int]) -> Tensor:
+def dyvm_token_ratio_loss(token_decisions: tuple[Tensor, ...], keep_ratios: list[float | int]) -> Tensor:
     """
     Squared distance between the share of tokens that each image keeps and the share wanted, mean over the stages.
 
@@ -41,7 +60,7 @@ def token_ratio_loss(token_decisions: tuple[Tensor, ...], keep_ratios: list[floa
     return torch.stack([(kept.float().mean(1) - ratio).square().mean() for kept, ratio in stages]).mean()
 
 
-def block_ratio_loss(block_gates: Tensor, keep_ratio: float | int) -> Tensor:
+def dyvm_block_ratio_loss(block_gates: Tensor, keep_ratio: float | int) -> Tensor:
     """
     Squared distance between the share of scans that run, over the batch, and the share wanted.
 
@@ -55,22 +74,7 @@ def block_ratio_loss(block_gates: Tensor, keep_ratio: float | int) -> Tensor:
     return (block_gates.float().mean() - keep_ratio).square()
 
 
-def logit_distillation_loss(logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """
-    Kullback-Leibler divergence of the teacher from the student, mean over the batch.
-
-    Args:
-        logits (`Tensor` of shape `(batch, num_labels)`): Of the student.
-        teacher_logits (`Tensor` of shape `(batch, num_labels)`): Of the teacher.
-
-    Returns:
-        `Tensor` of shape `()`
-    """
-    student, teacher = (F.log_softmax(scores.float(), dim=-1) for scores in (logits, teacher_logits))
-    return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
-
-
-def token_distillation_loss(
+def dyvm_token_distillation_loss(
     features: Tensor, teacher_features: Tensor, positions: Tensor, policy: Tensor | None = None
 ) -> Tensor:
     """
@@ -92,7 +96,7 @@ def token_distillation_loss(
     return (distance * kept).sum() / kept.sum().clamp(min=1)
 
 
-def ratio_losses(outputs: Any, config: DyVMConfig) -> dict[str, Tensor]:
+def dyvm_ratio_losses(outputs: Any, config: DyVMConfig) -> dict[str, Tensor]:
     """
     The weighted ratio losses of a forward pass in training.
 
@@ -105,15 +109,15 @@ def ratio_losses(outputs: Any, config: DyVMConfig) -> dict[str, Tensor]:
     """
     losses = {}
     if outputs.token_decisions is not None:
-        token_loss = token_ratio_loss(outputs.token_decisions, config.keep_ratios)
+        token_loss = dyvm_token_ratio_loss(outputs.token_decisions, config.keep_ratios)
         losses["token_ratio"] = config.token_ratio_loss_weight * token_loss
     if outputs.block_gates is not None:
-        block_loss = block_ratio_loss(outputs.block_gates, config.block_keep_ratio)
+        block_loss = dyvm_block_ratio_loss(outputs.block_gates, config.block_keep_ratio)
         losses["block_ratio"] = config.block_ratio_loss_weight * block_loss
     return losses
 
 
-def distillation_losses(
+def dyvm_distillation_losses(
     outputs: Any, teacher_logits: Tensor, teacher_features: Tensor, config: DyVMConfig
 ) -> dict[str, Tensor]:
     """
@@ -123,26 +127,28 @@ def distillation_losses(
         outputs ([`DyVMImageClassifierOutput`]): Of the student.
         teacher_logits (`Tensor` of shape `(batch, num_labels)`): Of the teacher.
         teacher_features (`Tensor` of shape `(batch, patches, hidden_size)`):
-            Its normalised patch tokens at the end, see [`patch_features`].
+            Its normalised patch tokens at the end, see [`dyvm_patch_features`].
         config ([`DyVMConfig`]): The weight.
 
     Returns:
         `dict[str, Tensor]`: `distill_logits` and `distill_tokens`.
     """
-    features = patch_features(outputs.last_hidden_state, outputs.cls_token_index)
-    token_loss = token_distillation_loss(features, teacher_features, outputs.token_positions, outputs.token_policy)
+    features = dyvm_patch_features(outputs.last_hidden_state, outputs.cls_token_index)
+    token_loss = dyvm_token_distillation_loss(
+        features, teacher_features, outputs.token_positions, outputs.token_policy
+    )
     return {
-        "distill_logits": config.distillation_weight * logit_distillation_loss(outputs.logits, teacher_logits),
+        "distill_logits": config.distillation_weight * logit_divergence(outputs.logits, teacher_logits),
         "distill_tokens": config.distillation_weight * token_loss,
     }
 
 
 __all__ = [
-    "block_ratio_loss",
-    "distillation_losses",
-    "logit_distillation_loss",
-    "patch_features",
-    "ratio_losses",
-    "token_distillation_loss",
-    "token_ratio_loss",
+    "dyvm_block_ratio_loss",
+    "dyvm_distillation_losses",
+    "dyvm_patch_features",
+    "dyvm_ratio_losses",
+    "dyvm_token_distillation_loss",
+    "dyvm_token_ratio_loss",
+    "logit_divergence",
 ]
