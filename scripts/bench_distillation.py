@@ -5,6 +5,7 @@ All ways get the same batches, augmentations and segment. Errors are those again
 Example: `hf-effml bench distillation --syn_steps 20 40`
 """
 
+import copy
 import shutil
 import sys
 import tempfile
@@ -20,8 +21,7 @@ from hf_effml.cli.parsing import parse_arguments, run_script
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from hf_effml.distillation.flat_student import FlatStudent
-    from hf_effml.distillation.unroll import InnerStep, SyntheticGradients
+    from hf_effml.distillation.unroll import InnerProblem
 
 FULL, CHECKPOINTED, FIRST_ORDER = "full unroll", "checkpointed unroll", "first order (TESLA)"
 OURS, COMPILED = "ours", "ours, compiled"
@@ -45,31 +45,6 @@ class BenchArguments:
     seed: int = field(default=0, metadata={"help": "Of images, weights and batches."})
     device: str = field(default="cpu", metadata={"help": "Where to compute."})
     output_dir: str = field(default="benchmarks", metadata={"help": "Folder of the report."})
-
-
-@dataclass
-class Segment:
-    """One segment to match, and the student that does."""
-
-    student: "FlatStudent"
-    images: "Tensor"
-    labels: "Tensor"
-    lr: "Tensor"
-    start: "Tensor"
-    target: "Tensor"
-    plan: "list[InnerStep]"
-
-    def in_double(self) -> "Segment":
-        """The same in double precision."""
-        import copy
-
-        student = copy.copy(self.student)
-        student.module = copy.deepcopy(self.student.module).double()
-        images, labels, lr, start, target = (
-            tensor.double() for tensor in (self.images, self.labels, self.lr, self.start, self.target)
-        )
-        draws = [step._replace(draw=None if step.draw is None else _double(step.draw)) for step in self.plan]
-        return Segment(student, images, labels, lr, start, target, draws)
 
 
 def main(argv: list[str] | None = None) -> dict[str, object]:
@@ -102,8 +77,8 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
     return results
 
 
-def make_segment(args: BenchArguments, steps: int) -> Segment:
-    """Makes a student, images and a segment of plausible size.
+def make_segment(args: BenchArguments, steps: int) -> "tuple[InnerProblem, Tensor]":
+    """Makes a student's training on images and a target of plausible size.
 
     Args:
         args (`BenchArguments`):
@@ -112,12 +87,12 @@ def make_segment(args: BenchArguments, steps: int) -> Segment:
             Steps of the unroll.
 
     Returns:
-        `Segment`
+        `tuple[InnerProblem, Tensor]`: the problem and the target.
     """
     import torch
 
-    from hf_effml.distillation import AugmentationSettings, ConvNetConfig, FlatStudent, build_student
-    from hf_effml.distillation.unroll import plan_steps
+    from hf_effml.distillation import ConvNetConfig, FlatStudent, MatchingSettings, build_student
+    from hf_effml.distillation.unroll import StudentDerivatives
 
     generator = torch.Generator().manual_seed(args.seed)
     config = ConvNetConfig(
@@ -132,37 +107,28 @@ def make_segment(args: BenchArguments, steps: int) -> Segment:
     images = torch.randn(count, 3, size, size, generator=generator)
     labels = 3 * torch.randn(count, 10, generator=generator)
     away = 0.01 * torch.randn(len(start), generator=generator)
-    plan = plan_steps(
-        count,
-        (size, size),
-        steps=steps,
-        batch_size=count,
-        augmentation=AugmentationSettings(),
-        seed=args.seed,
-        device=args.device,
-    )
-    move = partial(torch.Tensor.to, device=args.device)
     # On random images larger steps let rounding grow until no two exact ways agree.
-    lr = move(torch.tensor(0.003))
-    return Segment(student, move(images), move(labels), lr, start, start + move(away), plan)
+    images, labels, lr, away = (tensor.to(args.device) for tensor in (images, labels, torch.tensor(0.003), away))
+    settings = MatchingSettings(syn_steps=steps)
+    return settings.problem(StudentDerivatives(student), images, labels, lr, start, args.seed), start + away
 
 
 def _bench_gradient(args: BenchArguments, steps: int) -> list[dict[str, Any]]:
     from hf_effml.distillation.unroll import StudentDerivatives
     from hf_effml.utils.benchmark import compare, peak_memory
 
-    segment = make_segment(args, steps)
-    eager = StudentDerivatives(segment.student)
+    problem, target = make_segment(args, steps)
+    student = problem.derivatives.student
     ways: dict[str, Callable[[], list[Tensor]]] = {
-        FULL: partial(_unrolled, segment, eager, checkpoint=False),
-        CHECKPOINTED: partial(_unrolled, segment, eager, checkpoint=True),
-        FIRST_ORDER: partial(_matched, segment, eager, mode="first_order"),
-        OURS: partial(_matched, segment, eager),
+        FULL: partial(_unrolled, problem, target, checkpoint=False),
+        CHECKPOINTED: partial(_unrolled, problem, target, checkpoint=True),
+        FIRST_ORDER: partial(_matched, problem, target, mode="first_order"),
+        OURS: partial(_matched, problem, target),
     }
     if args.compile:
-        ways[COMPILED] = partial(_matched, segment, StudentDerivatives(segment.student, compile=True))
-    double = segment.in_double()
-    reference = _unrolled(double, StudentDerivatives(double.student), checkpoint=False)
+        compiled = problem._replace(derivatives=StudentDerivatives(student, compile=True))
+        ways[COMPILED] = partial(_matched, compiled, target)
+    reference = _unrolled(_in_double(problem), target.double(), checkpoint=False)
     exact = [name for name in ways if name != FIRST_ORDER]
     timings = compare(ways, [exact], rounds=args.rounds, threads=args.threads, tolerance=1e-2)
     memory = {name: peak_memory(way, args.device) for name, way in ways.items()}
@@ -173,44 +139,48 @@ def _bench_gradient(args: BenchArguments, steps: int) -> list[dict[str, Any]]:
         row["speed"] = round(timings[FULL].speedup(timings[name]), 3)
         row["peak_MB"] = round(memory[name] / 1e6, 2)
         row["of_full"] = f"1/{memory[FULL] / memory[name]:.1f}"
-        row["stored_parameters_MB"] = round((steps + 1) * segment.student.numel * 4 / 1e6, 2)
+        row["stored_parameters_MB"] = round((steps + 1) * student.numel * 4 / 1e6, 2)
         row |= {"error_images": images, "error_labels": labels, "error_lr": lr}
         rows.append(row)
     return rows
 
 
-def _unrolled(segment: Segment, derivatives: Any, checkpoint: bool) -> "list[Tensor]":
+def _unrolled(problem: "InnerProblem", target: "Tensor", checkpoint: bool) -> "list[Tensor]":
     import torch
 
-    from hf_effml.distillation import AugmentationSettings
     from hf_effml.distillation.matching import matching_loss
     from hf_effml.distillation.unroll import unroll_reference
 
-    leaves = [tensor.clone().requires_grad_() for tensor in (segment.images, segment.labels, segment.lr)]
+    leaves = [tensor.clone().requires_grad_() for tensor in (problem.images, problem.labels, problem.lr)]
     images, labels, lr = leaves
-    final = unroll_reference(
-        derivatives, images, labels, lr, segment.start, segment.plan, AugmentationSettings(), checkpoint=checkpoint
-    )
-    return list(torch.autograd.grad(matching_loss(final, segment.start, segment.target)[0], leaves))
+    final = unroll_reference(problem._replace(images=images, labels=labels, lr=lr), checkpoint=checkpoint)
+    return list(torch.autograd.grad(matching_loss(final, problem.start, target)[0], leaves))
 
 
-def _matched(segment: Segment, derivatives: Any, mode: Literal["exact", "first_order"] = "exact") -> "list[Tensor]":
+def _matched(
+    problem: "InnerProblem", target: "Tensor", mode: Literal["exact", "first_order"] = "exact"
+) -> "list[Tensor]":
     from hf_effml.distillation import MatchingSettings, match_segment
 
-    settings = MatchingSettings(syn_steps=len(segment.plan), gradient_mode=mode, loss_threshold=float("inf"))
-    found: SyntheticGradients | None = match_segment(
-        derivatives,
-        segment.images,
-        segment.labels,
-        segment.lr,
-        segment.start,
-        segment.target,
-        segment.plan,
-        settings,
-    ).gradients
+    settings = MatchingSettings(syn_steps=len(problem.plan), gradient_mode=mode, loss_threshold=float("inf"))
+    found = match_segment(problem, target, settings).gradients
     if found is None:
         raise RuntimeError("The loss of the segment is not finite. Choose another seed or fewer steps.")
     return list(found)
+
+
+def _in_double(problem: "InnerProblem") -> "InnerProblem":
+    from hf_effml.distillation.unroll import StudentDerivatives
+
+    student = copy.copy(problem.derivatives.student)
+    student.module = copy.deepcopy(student.module).double()
+    images, labels, lr, start = (
+        tensor.double() for tensor in (problem.images, problem.labels, problem.lr, problem.start)
+    )
+    plan = [step._replace(draw=None if step.draw is None else _double(step.draw)) for step in problem.plan]
+    return problem._replace(
+        derivatives=StudentDerivatives(student), images=images, labels=labels, lr=lr, start=start, plan=plan
+    )
 
 
 def _error(given: "Tensor", expected: "Tensor") -> str:

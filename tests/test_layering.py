@@ -20,7 +20,9 @@ DISTILLATION_ROOMS = ("bank", "evaluation", "publishing")
 PORTABLE_PACKAGES = {"PIL", "huggingface_hub", "numpy", "safetensors", "torch", "transformers"}
 # `vision` is what the trainers of image models share beyond the card: mixup, moving average; PAD and EDF are
 # trajectory matching with a filter more.
-TRAINER_BASES = {"hf_effml.trainers.base", "hf_effml.trainers.trajectory_matching", "hf_effml.trainers.vision"}
+TRAINER_BASES = {
+    f"hf_effml.trainers.{name}" for name in ("base", "trajectory_matching", "trajectory_matching_arguments", "vision")
+}
 # layer -> the layers it may import besides itself; `scripts` may import anything public.
 MAY_IMPORT = {
     "utils": set(),

@@ -9,7 +9,8 @@ from .expert import ExpertTrainer, ExpertTrainingArguments
 from .pad import PADTrainer, PADTrainingArguments
 from .rmeeto import MergeWarmupCallback, RMeeToTrainer, RMeeToTrainingArguments
 from .token_router import TokenRouterTrainer, TokenRouterTrainingArguments
-from .trajectory_matching import TrajectoryMatchingTrainer, TrajectoryMatchingTrainingArguments
+from .trajectory_matching import TrajectoryMatchingTrainer
+from .trajectory_matching_arguments import TrajectoryMatchingTrainingArguments
 from .vim import VimTrainer, VimTrainingArguments
 
 

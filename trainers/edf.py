@@ -1,5 +1,6 @@
 """EDF: gradients weighted towards what tells classes apart, and a loss without the parameters that fit already."""
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,10 +14,11 @@ from transformers.utils import logging
 
 from hf_effml.distillation.class_activation import class_activation_map
 from hf_effml.distillation.edf import area_weights, constant_maps, for_map_network, map_class_ids
-from hf_effml.distillation.feature_layers import demanded_size
+from hf_effml.distillation.feature_layers import demanded_size, on_device
 from hf_effml.distillation.flat_student import seed_from
 
-from .trajectory_matching import TrajectoryMatchingTrainer, TrajectoryMatchingTrainingArguments
+from .trajectory_matching import TrajectoryMatchingTrainer
+from .trajectory_matching_arguments import TrajectoryMatchingTrainingArguments
 
 
 logger = logging.get_logger(__name__)
@@ -166,12 +168,14 @@ class EDFTrainer(TrajectoryMatchingTrainer):
         cam_label_map: Mapping[int, int] | None = None,
         **kwargs: Any,
     ):
+        # The caller's arguments may serve for another set.
+        args = copy.copy(args)
         if args.drop_ratio is None:
             args.drop_ratio = 0.0 if args.mask == "none" else _usual_drop_ratio(model.config.images_per_class)
         if args.cam_method is None:
             args.cam_method = "hirescam" if cam_model is None else "gradcam"
         super().__init__(model, args, bank=bank, **kwargs)
-        self.cam_model = (cam_model if cam_model is not None else bank.network(0)).to(args.device)
+        self.cam_model = on_device(cam_model if cam_model is not None else bank.network(0), args.device)
         self._cam_processor, self._cam_size = cam_processor, None
         if cam_processor is not None:
             self._cam_size = demanded_size(self.cam_model, model.config.height_and_width)
@@ -189,13 +193,13 @@ class EDFTrainer(TrajectoryMatchingTrainer):
         self.maps: Tensor | None = None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """Trains the synthetic set.
+        """Trains the synthetic set, with the maps of the checkpoint that training goes on from.
 
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*):
-                Folder of a checkpoint, or `True` for the newest complete one in `output_dir`.
+                As for [`TrajectoryMatchingTrainer`].
             kwargs (`dict`, *optional*):
-                Passed on to [`~transformers.Trainer.train`].
+                Likewise.
 
         Returns:
             `TrainOutput`: steps, loss and timings.

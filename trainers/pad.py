@@ -7,7 +7,8 @@ from transformers.utils import logging
 
 from hf_effml.distillation.pad import describe_depth
 
-from .trajectory_matching import TrajectoryMatchingTrainer, TrajectoryMatchingTrainingArguments
+from .trajectory_matching import TrajectoryMatchingTrainer
+from .trajectory_matching_arguments import TrajectoryMatchingTrainingArguments
 
 
 logger = logging.get_logger(__name__)

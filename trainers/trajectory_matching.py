@@ -1,9 +1,9 @@
 """Distils a data set by matching the trajectories of experts: what PAD and EDF share, and DATM by itself."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -16,13 +16,11 @@ from transformers.utils import logging
 from hf_effml.distillation.bank.segments import TrajectorySegments, collate_segments
 from hf_effml.distillation.bank.trajectories import TrajectoryBank
 from hf_effml.distillation.evaluation.measure import evaluate_distilled
-from hf_effml.distillation.evaluation.protocols import get_protocol
-from hf_effml.distillation.evaluation.training_sets import as_training_set
 from hf_effml.distillation.flat_student import FlatStudent, build_student, seed_from
-from hf_effml.distillation.matching import MatchingSettings
 from hf_effml.distillation.modeling_distilled_dataset import DistilledDatasetModel
-from hf_effml.distillation.publishing.description import describe_distillation, peak_memory_so_far
+from hf_effml.distillation.publishing.description import describe_distillation
 from hf_effml.distillation.publishing.pictures import image_grid, save_curves
+from hf_effml.distillation.publishing.run import DistillationRun
 from hf_effml.distillation.publishing.sets import save_distilled_dataset
 from hf_effml.distillation.unroll import StudentDerivatives
 from hf_effml.hub import push_folder, write_card
@@ -30,6 +28,7 @@ from hf_effml.hub.privacy import scrub, scrub_command
 from hf_effml.utils.imports import usable
 
 from .base import EffMLTrainer, _changed_arguments, _command_line
+from .trajectory_matching_arguments import TrajectoryMatchingTrainingArguments
 
 
 if TYPE_CHECKING:
@@ -41,211 +40,6 @@ logger = logging.get_logger(__name__)
 _PICTURES = "pictures"
 # A bad choice of the start epochs or of the step size shows within so many steps.
 _FIRST_STEPS = 100
-
-
-@dataclass
-class TrajectoryMatchingTrainingArguments(TrainingArguments):
-    """How to distil; what is not said here is as in [`~transformers.TrainingArguments`].
-
-    A step matches `per_device_train_batch_size` segments of experts' trajectories on every process. The papers match
-    one.
-
-    Args:
-        syn_steps (`int`, *optional*, defaults to 80):
-            Steps that the student takes on the synthetic images, "N" in the papers.
-        batch_syn (`int`, *optional*):
-            Synthetic images in each of them; all if unset.
-        expert_epochs (`int`, *optional*, defaults to 2):
-            Epochs of the expert that those steps are to equal, "M".
-        min_start_epoch (`int`, *optional*, defaults to 0):
-            First epoch of the experts that a segment starts at, "T-".
-        max_start_epoch (`int`, *optional*, defaults to 20):
-            Segments start before this epoch, "T+".
-        initial_max_start_epoch (`int`, *optional*):
-            Where `max_start_epoch` stands at the first step, "T"; it grows evenly over `expansion_steps`.
-        expansion_steps (`int`, *optional*, defaults to 1000):
-            Steps of that growth.
-        mask (`"none"`, `"depth"` or `"loss"`, *optional*, defaults to `"none"`):
-            Which parameters the loss leaves out.
-        drop_ratio (`float`, *optional*, defaults to 0.0):
-            Share of the parameters that it leaves out.
-        gradient_mode (`"exact"` or `"first_order"`, *optional*, defaults to `"exact"`):
-            `"first_order"` is TESLA's approximation.
-        loss_threshold (`float`, *optional*, defaults to 1.0):
-            Segments with a larger loss contribute nothing; a step without any other changes nothing.
-        lr_img, lr_y, lr_lr (`float`, *optional*, default to 100, 2 and 1e-5):
-            Learning rates of images, soft labels and the students' step size.
-        momentum_img, momentum_y, momentum_lr (`float`, *optional*, default to 0.5, 0.9 and 0.5):
-            Their momenta.
-        min_lr (`float`, *optional*, defaults to 1e-6):
-            The students' step size is kept at least that large.
-        max_bad_steps (`int`, *optional*, defaults to 10):
-            Training ends with an error after so many steps in a row whose loss is not finite.
-        compile (`bool`, *optional*, defaults to `False`):
-            Compile the derivatives of the student: a minute or two at the start, faster steps from then on.
-        picture_steps (`int`, *optional*, defaults to 0):
-            Steps from one picture of the images to the next, in `output_dir/pictures`; 0 draws none.
-        eval_protocol (`str`, *optional*, defaults to `"tm-short"`):
-            How an evaluation trains a fresh student on the set: `"tm"`, `"tm-short"` or `"hard"`.
-        eval_epochs (`int`, *optional*):
-            Epochs of that training, in place of the protocol's.
-        eval_seeds (`int`, *optional*, defaults to 1):
-            Students that an evaluation trains and averages over.
-        allow_preprocessing_mismatch (`bool`, *optional*, defaults to `False`):
-            Go on, with a warning, where the set's images were preprocessed in another way than those of the experts.
-    """
-
-    rarely_changed: ClassVar[tuple[str, ...]] = (
-        "expansion_steps",
-        "gradient_mode",
-        "lr_lr",
-        "momentum_img",
-        "momentum_y",
-        "momentum_lr",
-        "min_lr",
-        "max_bad_steps",
-        "eval_protocol",
-        "eval_epochs",
-        "eval_seeds",
-        "allow_preprocessing_mismatch",
-    )
-
-    syn_steps: int = field(default=80, metadata={"help": "Steps that the student takes on the synthetic images."})
-    batch_syn: int | None = field(default=None, metadata={"help": "Synthetic images in each of them; all if unset."})
-    expert_epochs: int = field(default=2, metadata={"help": "Epochs of the expert that those steps are to equal."})
-    min_start_epoch: int = field(default=0, metadata={"help": "First epoch of the experts that is matched."})
-    max_start_epoch: int = field(default=20, metadata={"help": "Segments start before this epoch."})
-    initial_max_start_epoch: int | None = field(
-        default=None, metadata={"help": "Where max_start_epoch stands at the first step; it grows from there."}
-    )
-    expansion_steps: int = field(default=1000, metadata={"help": "Steps of that growth."})
-    mask: str = field(default="none", metadata={"help": "Parameters to leave out: none, depth (PAD) or loss (EDF)."})
-    drop_ratio: float = field(default=0.0, metadata={"help": "Share of the parameters that the loss leaves out."})
-    gradient_mode: str = field(default="exact", metadata={"help": "exact, or first_order: TESLA's approximation."})
-    loss_threshold: float = field(default=1.0, metadata={"help": "Segments with a larger loss contribute nothing."})
-    lr_img: float = field(default=100.0, metadata={"help": "Learning rate of the images."})
-    lr_y: float = field(default=2.0, metadata={"help": "Learning rate of the soft labels."})
-    lr_lr: float = field(default=1e-5, metadata={"help": "Learning rate of the students' step size."})
-    momentum_img: float = field(default=0.5, metadata={"help": "Momentum of the images."})
-    momentum_y: float = field(default=0.9, metadata={"help": "Momentum of the soft labels."})
-    momentum_lr: float = field(default=0.5, metadata={"help": "Momentum of the students' step size."})
-    min_lr: float = field(default=1e-6, metadata={"help": "Least step size of the students."})
-    max_bad_steps: int = field(default=10, metadata={"help": "Stop after so many steps in a row without a loss."})
-    compile: bool = field(default=False, metadata={"help": "Compile the student's derivatives."})
-    picture_steps: int = field(default=0, metadata={"help": "Draw the images every so many steps; 0 for never."})
-    eval_protocol: str = field(default="tm-short", metadata={"help": "How evaluations train a student."})
-    eval_epochs: int | None = field(default=None, metadata={"help": "Epochs of that, in place of the protocol's."})
-    eval_seeds: int = field(default=1, metadata={"help": "Students that an evaluation averages over."})
-
-    allow_preprocessing_mismatch: bool = field(
-        default=False, metadata={"help": "Go on where the experts' images were preprocessed in another way."}
-    )
-
-    # What the algorithm prescribes or a set as a model needs; anything else is refused below.
-    per_device_train_batch_size: int = field(default=1, metadata={"help": "Segments per step and process."})
-    max_steps: int = field(default=10_000, metadata={"help": "Number of steps."})
-    max_grad_norm: float = field(default=0.0, metadata={"help": "Must stay 0: gradients are not clipped."})
-    lr_scheduler_type: str = field(default="constant", metadata={"help": "Must stay constant."})
-    train_sampling_strategy: str = field(default="sequential", metadata={"help": "Must stay sequential."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay false."})
-    logging_steps: float = field(default=50, metadata={"help": "Steps from one line of the log to the next."})
-    dataloader_pin_memory: bool = field(
-        default_factory=torch.accelerator.is_available, metadata={"help": "Keep segments in pinned memory."}
-    )
-
-    def __post_init__(self) -> None:
-        for name, needed, why in _PRESCRIBED:
-            value = getattr(self, name)
-            value = getattr(value, "value", value)
-            if value != needed:
-                raise ValueError(f"`{name}` must stay {needed!r} for trajectory matching; got {value!r}. {why}")
-        if self.max_steps < 1:
-            raise ValueError(f"`max_steps` must be at least 1; got {self.max_steps}. There are no epochs here.")
-        for name in ("lr_img", "lr_y", "lr_lr"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"`{name}` must be at least 0; got {getattr(self, name)}.")
-        if not self.min_lr > 0:
-            raise ValueError(f"`min_lr` must be positive; got {self.min_lr}. Students go backwards otherwise.")
-        for name in ("momentum_img", "momentum_y", "momentum_lr"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be from 0 to below 1; got {getattr(self, name)}.")
-        for name in ("expansion_steps", "max_bad_steps", "eval_seeds"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1; got {getattr(self, name)}.")
-        self._check_starts()
-        self.matching()
-        self.protocol()
-        if self.load_best_model_at_end and self.metric_for_best_model is None:  # type: ignore[has-type]
-            # Evaluations give no loss, which is what the base class looks at.
-            self.metric_for_best_model = "accuracy"
-        super().__post_init__()
-
-    def _check_starts(self) -> None:
-        if not 0 <= self.min_start_epoch < self.max_start_epoch:
-            raise ValueError(
-                f"`min_start_epoch` must be from 0 to below `max_start_epoch`, {self.max_start_epoch}; got "
-                f"{self.min_start_epoch}."
-            )
-        first = self.initial_max_start_epoch
-        if first is not None and not self.min_start_epoch < first <= self.max_start_epoch:
-            raise ValueError(
-                f"`initial_max_start_epoch` must be above `min_start_epoch`, {self.min_start_epoch}, and at most "
-                f"`max_start_epoch`, {self.max_start_epoch}; got {first}."
-            )
-
-    def matching(self, **others: Any) -> MatchingSettings:
-        """Makes the settings of the matching loss.
-
-        Args:
-            others (`dict`, *optional*):
-                Fields of [`~hf_effml.distillation.matching.MatchingSettings`] that are no arguments.
-
-        Returns:
-            [`~hf_effml.distillation.matching.MatchingSettings`]
-
-        Raises:
-            ValueError: If a value is impossible.
-        """
-        names = ("syn_steps", "batch_syn", "mask", "gradient_mode", "loss_threshold")
-        # A method may leave the ratio open until it sees the set.
-        others["drop_ratio"] = self.drop_ratio or 0.0
-        return MatchingSettings(**{name: getattr(self, name) for name in names}, **others)
-
-    def protocol(self) -> Any:
-        """How evaluations train a student.
-
-        Returns:
-            [`~hf_effml.distillation.evaluation.protocols.EvaluationProtocol`]
-        """
-        return get_protocol(self.eval_protocol, **({"epochs": self.eval_epochs} if self.eval_epochs else {}))
-
-    def last_start_epoch(self, step: int) -> int:
-        """Segments of a step start before this epoch of the experts.
-
-        Args:
-            step (`int`):
-                Number of the step, from 0.
-
-        Returns:
-            `int`: the epoch.
-        """
-        if self.initial_max_start_epoch is None:
-            return self.max_start_epoch
-        growth = (self.max_start_epoch - self.initial_max_start_epoch) * step / self.expansion_steps
-        return min(self.max_start_epoch, self.initial_max_start_epoch + int(growth))
-
-
-_PRESCRIBED = (
-    ("max_grad_norm", 0, "Clipped gradients give other images."),
-    ("lr_scheduler_type", "constant", "A falling learning rate gives other images; set `lr_img`, `lr_y` and `lr_lr`."),
-    ("learning_rate", 5e-5, "Set `lr_img`, `lr_y` and `lr_lr`; nothing reads this one."),
-    ("weight_decay", 0, "Images and labels do not decay."),
-    ("fp16", False, "Half precision has no range for second derivatives; `bf16` is possible, float32 is safer."),
-    ("train_sampling_strategy", "sequential", "Segments are drawn from `seed` and the number of the step alone."),
-    ("remove_unused_columns", False, "Segments are no columns of the model."),
-    ("ignore_data_skip", False, "A run that goes on would match the first segments again."),
-    ("torch_compile", False, "Use `compile`, which compiles the derivatives of the student."),
-)
 
 
 class TrajectoryMatchingTrainer(EffMLTrainer):
@@ -310,7 +104,6 @@ class TrajectoryMatchingTrainer(EffMLTrainer):
         self.bank = bank
         student = FlatStudent(build_student(bank.student_config))
         self._check_fit(model, args, student)
-        model.config.method = self._method
         per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         kwargs.setdefault("data_collator", collate_segments)
         super().__init__(
@@ -346,6 +139,21 @@ class TrajectoryMatchingTrainer(EffMLTrainer):
                 f"The bank's experts tell {classes} classes apart, the synthetic set has {model.config.num_labels}. "
                 "Train experts on the same classes."
             )
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Trains the synthetic set, whose configuration then names the method.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*):
+                Folder of a checkpoint, or `True` for the newest complete one in `output_dir`.
+            kwargs (`dict`, *optional*):
+                Passed on to [`~transformers.Trainer.train`].
+
+        Returns:
+            `TrainOutput`: steps, loss and timings.
+        """
+        self.accelerator.unwrap_model(self.model).config.method = self._method
+        return super().train(resume_from_checkpoint, **kwargs)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Makes one SGD with a group for images, one for soft labels and one for the step size."""
@@ -474,9 +282,8 @@ class TrajectoryMatchingTrainer(EffMLTrainer):
         folder = Path(folder or Path(self.args.output_dir, "dataset"))
         if self.is_world_process_zero():
             own: DistilledDatasetModel = self.accelerator.unwrap_model(self.model)
-            info = describe_distillation(
-                own, reports=reports, bank=self.bank, license=license, **self._facts_of_the_run(own)
-            )
+            run = DistillationRun.of_trainer(self, self._shaping_arguments(), self._command())
+            info = describe_distillation(own, reports=reports, bank=self.bank, license=license, run=run)
             save_distilled_dataset(own, folder, self.processing_class, info=scrub(info), maps=self.maps)
             if usable("matplotlib"):
                 measured = self.card_facts.get("evaluated_on")
@@ -517,38 +324,15 @@ class TrajectoryMatchingTrainer(EffMLTrainer):
         token = token or self.args.hub_token
         return push_folder(folder, repo_id, private, revision, create_pr, commit_message, token)
 
-    def _facts_of_the_run(self, own: DistilledDatasetModel) -> dict[str, Any]:
-        """What only this trainer knows about the set, for [`describe_distillation`]."""
-        args, state = self.args, self.state
+    def _shaping_arguments(self) -> dict[str, Any]:
+        """Those of the method, and of the others those that are not at their defaults."""
         inherited = {each.name for each in fields(TrainingArguments)}
-        shaping = {each.name: getattr(args, each.name) for each in fields(args) if each.name not in inherited}
-        command = _command_line()
-        runtimes = [entry["train_runtime"] for entry in state.log_history if "train_runtime" in entry]
-        return {
-            "steps": state.global_step,
-            "selection": self._selection(own),
-            "arguments": shaping | {"max_steps": args.max_steps} | _changed_arguments(args),
-            "seed": args.seed,
-            "command": scrub_command(command) if command else None,
-            "device": args.device,
-            "processes": args.world_size,
-            "seconds": runtimes[-1] if runtimes else None,
-            "peak_memory_bytes": peak_memory_so_far(args.device),
-        }
+        own = {each.name: getattr(self.args, each.name) for each in fields(self.args) if each.name not in inherited}
+        return own | {"max_steps": self.args.max_steps} | _changed_arguments(self.args)
 
-    def _selection(self, own: DistilledDatasetModel) -> dict[str, Any]:
-        """Which step the images are from, and why."""
-        args, state = self.args, self.state
-        ended = state.global_step >= args.max_steps
-        chosen = state.best_global_step if args.load_best_model_at_end and ended else None
-        if not chosen:
-            return {"step": state.global_step, "rule": "the last one"}
-        found = {"step": chosen, "rule": f"best {args.metric_for_best_model} of all evaluations"}
-        if args.metric_for_best_model in ("accuracy", "eval_accuracy") and self.eval_dataset is not None:
-            rules = args.protocol().for_set(as_training_set(own)).to_dict()
-            images, seeds = len(self.eval_dataset), args.eval_seeds
-            found |= {"accuracy": state.best_metric, "images": images, "seeds": seeds, "protocol": rules}
-        return found
+    def _command(self) -> str | None:
+        command = _command_line()
+        return scrub_command(command) if command else None
 
     def before_step(self) -> None:
         """Called before the first batch of a step; subclasses may prepare what the step needs."""

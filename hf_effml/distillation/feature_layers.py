@@ -1,5 +1,6 @@
 """Where in a classifier its maps of features are, and what images it takes: found by trying."""
 
+import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -219,6 +220,24 @@ def _some_image(model: nn.Module, size: tuple[int, int]) -> Tensor:
     channels = getattr(getattr(model, "config", None), "num_channels", None)
     channels = channels or (3 if kernel is None else kernel.shape[1])
     return torch.rand(1, channels, *size, generator=torch.Generator().manual_seed(0))
+
+
+def on_device(model: nn.Module, device: torch.device | str) -> nn.Module:
+    """Gives a model on a device without moving the one that is given.
+
+    Args:
+        model (`nn.Module`):
+            The model.
+        device (`torch.device` or `str`):
+            Where it is needed.
+
+    Returns:
+        `nn.Module`: the model itself if it is there, otherwise a copy.
+    """
+    device = torch.device(device)
+    places = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+    there = all(place.type == device.type and device.index in (None, place.index) for place in places)
+    return model if there else copy.deepcopy(model).to(device)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from .differentiable_augmentation import AugmentationSettings
-from .unroll import InnerStep, StudentDerivatives, SyntheticGradients, adjoint_sweep, plan_steps, unroll
+from .unroll import InnerProblem, StudentDerivatives, SyntheticGradients, adjoint_sweep, plan_steps, unroll
 
 
 __all__ = ["MatchedSegment", "MatchingSettings", "kept_entries", "match_segment", "match_segments", "matching_loss"]
@@ -64,6 +64,31 @@ class MatchingSettings:
             )
         if self.gradient_mode not in ("exact", "first_order"):
             raise ValueError(f'`gradient_mode` must be "exact" or "first_order"; got "{self.gradient_mode}".')
+
+    def problem(
+        self, derivatives: StudentDerivatives, images: Tensor, labels: Tensor, lr: Tensor, start: Tensor, seed: int
+    ) -> InnerProblem:
+        """Plans the student's training on a synthetic set.
+
+        Args:
+            derivatives, images, labels, lr, start:
+                As in [`~hf_effml.distillation.unroll.InnerProblem`].
+            seed (`int`):
+                Seed of batches and augmentation.
+
+        Returns:
+            [`~hf_effml.distillation.unroll.InnerProblem`]
+        """
+        plan = plan_steps(
+            len(images),
+            images.shape[2:],
+            steps=self.syn_steps,
+            batch_size=self.batch_syn,
+            augmentation=self.augmentation,
+            seed=seed,
+            device=images.device,
+        )
+        return InnerProblem(derivatives, images, labels, lr, start, plan, self.augmentation)
 
 
 class MatchedSegment(NamedTuple):
@@ -141,33 +166,16 @@ def matching_loss(
 
 
 def match_segment(
-    derivatives: StudentDerivatives,
-    images: Tensor,
-    labels: Tensor,
-    lr: Tensor,
-    start: Tensor,
-    target: Tensor,
-    plan: list[InnerStep],
-    settings: MatchingSettings,
-    needs_gradients: bool = True,
+    problem: InnerProblem, target: Tensor, settings: MatchingSettings, needs_gradients: bool = True
 ) -> MatchedSegment:
     """Matches one segment of an expert's trajectory.
 
     Args:
-        derivatives ([`~hf_effml.distillation.unroll.StudentDerivatives`]):
-            Of the student.
-        images (`Tensor` of shape `(images, channels, height, width)`):
-            The synthetic images.
-        labels (`Tensor` of shape `(images, classes)`):
-            Their soft labels, as logits.
-        lr (`Tensor`):
-            Step size of the student, a scalar.
-        start (`Tensor` of shape `(parameters,)`):
-            The expert at the beginning of the segment.
+        problem ([`~hf_effml.distillation.unroll.InnerProblem`]):
+            The student's training on the synthetic set, from the expert at the beginning of the segment; see
+            [`MatchingSettings.problem`].
         target (`Tensor` of shape `(parameters,)`):
-            The expert at its end.
-        plan (`list[InnerStep]`):
-            From [`~hf_effml.distillation.unroll.plan_steps`].
+            The expert at the segment's end.
         settings ([`MatchingSettings`]):
             Mask, threshold and gradient mode.
         needs_gradients (`bool`, *optional*, defaults to `True`):
@@ -176,16 +184,12 @@ def match_segment(
     Returns:
         [`MatchedSegment`]: the loss, and the gradients or `None`. A loss whose gradients are not finite is NaN.
     """
-    augmentation = settings.augmentation
-    states = unroll(derivatives, images, labels, lr, start, plan, augmentation)
-    loss, adjoint = matching_loss(states[-1], start, target, settings.mask, settings.drop_ratio)
+    states = unroll(problem)
+    loss, adjoint = matching_loss(states[-1], problem.start, target, settings.mask, settings.drop_ratio)
     # Also false where the loss is not a number.
     if not needs_gradients or not bool(loss <= settings.loss_threshold) or not bool(loss.isfinite()):
         return MatchedSegment(loss, None)
-    first_order = settings.gradient_mode == "first_order"
-    gradients = adjoint_sweep(
-        derivatives, images, labels, lr, states, plan, augmentation, adjoint, first_order=first_order
-    )
+    gradients = adjoint_sweep(problem, states, adjoint, first_order=settings.gradient_mode == "first_order")
     if not all(bool(gradient.isfinite().all()) for gradient in gradients):
         return MatchedSegment(loss * torch.nan, None)
     return MatchedSegment(loss, gradients)
@@ -247,16 +251,8 @@ class _MatchSegments(torch.autograd.Function):
         sums = [torch.zeros_like(tensor) for tensor in (images, labels, lr)]
         losses, took_part = [], []
         for start, target, seed in zip(starts, targets, seeds, strict=True):
-            plan = plan_steps(
-                len(images),
-                images.shape[2:],
-                steps=settings.syn_steps,
-                batch_size=settings.batch_syn,
-                augmentation=settings.augmentation,
-                seed=seed,
-                device=images.device,
-            )
-            matched = match_segment(derivatives, images, labels, lr, start, target, plan, settings, needs_gradients)
+            problem = settings.problem(derivatives, images, labels, lr, start, seed)
+            matched = match_segment(problem, target, settings, needs_gradients)
             losses.append(matched.loss)
             took_part.append(matched.gradients is not None)
             if matched.gradients is not None:

@@ -247,22 +247,8 @@ def load_real_images(
     """
     if not 0 <= validation_share < 1:
         raise ValueError(f"`validation_share` must be in [0, 1); got {validation_share}.")
-    hub_id, commit = None, None
-    if name == "digits":
-        train, test, names = _digits()
-    else:
-        splits = load_image_splits(name, revision)
-        image, label = splits.columns
-        train, test = (
-            _Rows(rows, np.array(rows[label], dtype=np.int64), image) for rows in (splits.train, splits.test)
-        )
-        names, hub_id, commit = splits.labels, splits.hub_id, splits.revision
-    for rows in (train, test):
-        _check_labels(name, rows, names)
-    if classes is not None:
-        _check_classes(name, classes, names)
-        train, test = (_keep_classes(rows, classes, len(names)) for rows in (train, test))
-        names = [names[label] for label in classes]
+    train, test, names, hub_id, commit = _digits() if name == "digits" else _read_splits(name, revision)
+    train, test, names = _chosen_classes(name, classes, train, test, names)
     train = _at_most(train, "max_train", max_train, seed)
     test = _at_most(test, "max_test", max_test, seed)
     train, validation = _cut_validation(train, validation_share, seed)
@@ -325,13 +311,34 @@ def reload_real_images(
     return load_real_images(**settings, processor=processor)
 
 
-def _digits() -> tuple[_Rows, _Rows, list[str]]:
+def _read_splits(name: str, revision: str | None) -> tuple[_Rows, _Rows, list[str], str | None, str | None]:
+    """Rows for training and testing, names of the classes, and id and commit on the Hub."""
+    splits = load_image_splits(name, revision)
+    image, label = splits.columns
+    train, test = (_Rows(rows, np.array(rows[label], dtype=np.int64), image) for rows in (splits.train, splits.test))
+    return train, test, splits.labels, splits.hub_id, splits.revision
+
+
+def _digits() -> tuple[_Rows, _Rows, list[str], None, None]:
     digits = require("sklearn.datasets").load_digits()
     order = np.random.RandomState(0).permutation(len(digits.target))
     images, labels = (digits.images[order] / 16).astype(np.float32), digits.target[order]
     cut = _DIGITS_FOR_TRAINING
     train, test = _Rows(images[:cut], labels[:cut]), _Rows(images[cut:], labels[cut:])
-    return train, test, [str(name) for name in digits.target_names]
+    return train, test, [str(name) for name in digits.target_names], None, None
+
+
+def _chosen_classes(
+    name: str, classes: Sequence[int] | None, train: _Rows, test: _Rows, names: list[str]
+) -> tuple[_Rows, _Rows, list[str]]:
+    """The rows of the classes to keep, numbered anew, and the names of those."""
+    for rows in (train, test):
+        _check_labels(name, rows, names)
+    if classes is None:
+        return train, test, names
+    _check_classes(name, classes, names)
+    train, test = (_keep_classes(rows, classes, len(names)) for rows in (train, test))
+    return train, test, [names[label] for label in classes]
 
 
 def _check_labels(name: str, rows: _Rows, names: list[str]) -> None:

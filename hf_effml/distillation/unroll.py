@@ -13,6 +13,7 @@ from .flat_student import FlatStudent
 
 
 __all__ = [
+    "InnerProblem",
     "InnerStep",
     "StudentDerivatives",
     "SyntheticGradients",
@@ -192,17 +193,8 @@ def plan_steps(
     return plan
 
 
-@torch.no_grad()
-def unroll(
-    derivatives: StudentDerivatives,
-    images: Tensor,
-    labels: Tensor,
-    lr: Tensor,
-    start: Tensor,
-    plan: Sequence[InnerStep],
-    augmentation: AugmentationSettings,
-) -> list[Tensor]:
-    """Trains the student by plain gradient descent on the synthetic set and remembers every state, but no graph.
+class InnerProblem(NamedTuple):
+    """The training of a student on a synthetic set: all that its steps depend on.
 
     Args:
         derivatives ([`StudentDerivatives`]):
@@ -218,49 +210,49 @@ def unroll(
         plan (`Sequence[InnerStep]`):
             From [`plan_steps`].
         augmentation (`AugmentationSettings`):
-            The same as for the plan.
+            What the plan was drawn for.
+    """
+
+    derivatives: StudentDerivatives
+    images: Tensor
+    labels: Tensor
+    lr: Tensor
+    start: Tensor
+    plan: Sequence[InnerStep]
+    augmentation: AugmentationSettings
+
+
+@torch.no_grad()
+def unroll(problem: InnerProblem) -> list[Tensor]:
+    """Trains the student by plain gradient descent on the synthetic set and remembers every state, but no graph.
+
+    Args:
+        problem ([`InnerProblem`]):
+            What is trained, and on what.
 
     Returns:
         `list[Tensor]`: the parameters before the first step and after every step, one more than there are steps.
     """
-    states = [start]
-    for step in plan:
-        batch = augment(images[step.index], step.draw, augmentation)
-        gradient = derivatives.gradient(states[-1], batch, labels[step.index])
-        states.append(states[-1] - lr * gradient)
+    states = [problem.start]
+    for step in problem.plan:
+        batch = augment(problem.images[step.index], step.draw, problem.augmentation)
+        gradient = problem.derivatives.gradient(states[-1], batch, problem.labels[step.index])
+        states.append(states[-1] - problem.lr * gradient)
     return states
 
 
 def adjoint_sweep(
-    derivatives: StudentDerivatives,
-    images: Tensor,
-    labels: Tensor,
-    lr: Tensor,
-    states: list[Tensor],
-    plan: Sequence[InnerStep],
-    augmentation: AugmentationSettings,
-    adjoint: Tensor,
-    first_order: bool = False,
+    problem: InnerProblem, states: list[Tensor], adjoint: Tensor, first_order: bool = False
 ) -> SyntheticGradients:
     """Carries the gradient at the last state back through all steps, rebuilding one step's graph at a time.
 
     The result is the gradient of the whole unroll, to rounding. Beyond a single step it needs the states only.
 
     Args:
-        derivatives ([`StudentDerivatives`]):
-            Of the student.
-        images (`Tensor` of shape `(images, channels, height, width)`):
-            The synthetic images.
-        labels (`Tensor` of shape `(images, classes)`):
-            Their soft labels, as logits.
-        lr (`Tensor`):
-            Step size, a scalar.
+        problem ([`InnerProblem`]):
+            What was trained, and on what.
         states (`list[Tensor]`):
             From [`unroll`]. Emptied on the way back.
-        plan (`Sequence[InnerStep]`):
-            As for [`unroll`].
-        augmentation (`AugmentationSettings`):
-            As for [`unroll`].
         adjoint (`Tensor` of shape `(parameters,)`):
             Gradient of the loss with respect to the last state.
         first_order (`bool`, *optional*, defaults to `False`):
@@ -270,6 +262,7 @@ def adjoint_sweep(
     Returns:
         [`SyntheticGradients`]: gradients of the loss in images, labels and step size.
     """
+    derivatives, images, labels, lr, _, plan, augmentation = problem
     found = SyntheticGradients(torch.zeros_like(images), torch.zeros_like(labels), torch.zeros_like(lr))
     states.pop()
     for number in reversed(range(len(plan))):
@@ -293,33 +286,12 @@ def adjoint_sweep(
     return found
 
 
-def unroll_reference(
-    derivatives: StudentDerivatives,
-    images: Tensor,
-    labels: Tensor,
-    lr: Tensor,
-    start: Tensor,
-    plan: Sequence[InnerStep],
-    augmentation: AugmentationSettings,
-    checkpoint: bool = False,
-) -> Tensor:
+def unroll_reference(problem: InnerProblem, checkpoint: bool = False) -> Tensor:
     """The same training as one graph that autograd differentiates: the obvious twin; its memory grows with the steps.
 
     Args:
-        derivatives ([`StudentDerivatives`]):
-            Of the student; not compiled.
-        images (`Tensor` of shape `(images, channels, height, width)`):
-            The synthetic images.
-        labels (`Tensor` of shape `(images, classes)`):
-            Their soft labels, as logits.
-        lr (`Tensor`):
-            Step size, a scalar.
-        start (`Tensor` of shape `(parameters,)`):
-            The student's parameters at the beginning.
-        plan (`Sequence[InnerStep]`):
-            From [`plan_steps`].
-        augmentation (`AugmentationSettings`):
-            The same as for the plan.
+        problem ([`InnerProblem`]):
+            What is trained, and on what; its derivatives are not compiled.
         checkpoint (`bool`, *optional*, defaults to `False`):
             Recomputes every step on the way back instead of keeping its graph.
 
@@ -328,12 +300,12 @@ def unroll_reference(
     """
 
     def take(theta: Tensor, step: InnerStep) -> Tensor:
-        batch = augment(images[step.index], step.draw, augmentation)
-        loss = derivatives.loss(theta, batch, labels[step.index])
-        return theta - lr * torch.autograd.grad(loss, theta, create_graph=True)[0]
+        batch = augment(problem.images[step.index], step.draw, problem.augmentation)
+        loss = problem.derivatives.loss(theta, batch, problem.labels[step.index])
+        return theta - problem.lr * torch.autograd.grad(loss, theta, create_graph=True)[0]
 
-    theta = start.detach().requires_grad_()
-    for step in plan:
+    theta = problem.start.detach().requires_grad_()
+    for step in problem.plan:
         if checkpoint:
             theta = torch.utils.checkpoint.checkpoint(take, theta, step, use_reentrant=False)
         else:

@@ -9,7 +9,14 @@ from hf_effml.distillation.configuration_convnet import ConvNetConfig
 from hf_effml.distillation.cost import PUBLISHED_SETTINGS, cost_table, estimate_cost, published_costs
 from hf_effml.distillation.differentiable_augmentation import AugmentationSettings
 from hf_effml.distillation.flat_student import FlatStudent, build_student
-from hf_effml.distillation.unroll import StudentDerivatives, adjoint_sweep, plan_steps, unroll, unroll_reference
+from hf_effml.distillation.unroll import (
+    InnerProblem,
+    StudentDerivatives,
+    adjoint_sweep,
+    plan_steps,
+    unroll,
+    unroll_reference,
+)
 from hf_effml.utils.benchmark import markdown_table, peak_memory
 
 
@@ -111,12 +118,13 @@ def test_memory_of_a_small_run():
 
     def full_unroll():
         wanted = [tensor.detach().requires_grad_() for tensor in (images, labels, lr)]
-        final = unroll_reference(derivatives, *wanted, start, plan, augmentation)
+        final = unroll_reference(InnerProblem(derivatives, *wanted, start, plan, augmentation))
         torch.autograd.grad(final.square().sum(), wanted)
 
     def ours():
-        states = unroll(derivatives, images, labels, lr, start, plan, augmentation)
-        adjoint_sweep(derivatives, images, labels, lr, states, plan, augmentation, 2 * states[-1])
+        problem = InnerProblem(derivatives, images, labels, lr, start, plan, augmentation)
+        states = unroll(problem)
+        adjoint_sweep(problem, states, 2 * states[-1])
 
     cost = estimate_cost(student.module.config, (3, 32, 32), 4, batch // 4, syn_steps=steps)
     assert peak_memory(full_unroll) / 1e9 == pytest.approx(cost.gb_full_unroll, rel=0.2)

@@ -26,7 +26,7 @@ from hf_effml.distillation.bank.initialization import average_correct_logits
 from hf_effml.distillation.differentiable_augmentation import AugmentationDraw, AugmentationSettings
 from hf_effml.distillation.flat_student import FlatStudent, build_student
 from hf_effml.distillation.matching import MatchingSettings, kept_entries, match_segment
-from hf_effml.distillation.unroll import InnerStep, StudentDerivatives, soft_cross_entropy, unroll
+from hf_effml.distillation.unroll import InnerProblem, InnerStep, StudentDerivatives, soft_cross_entropy, unroll
 from hf_effml.trainers.trajectory_matching import TrajectorySegments
 
 
@@ -67,6 +67,10 @@ class Vectors:
         values = {name.removeprefix(drawn): value for name, value in self.tensors.items() if name.startswith(drawn)}
         draw = AugmentationDraw(operations[number], values) if values else None
         return InnerStep(self[f"{prefix}batch_index.{number:02d}"], draw)
+
+    def problem(self, derivatives, augmentation):
+        given = self["images"], self["labels"], self["lr"], self.flat("start"), self.plan()
+        return InnerProblem(derivatives, *given, augmentation)
 
     def set(self):
         """The synthetic set at the beginning, without augmentation."""
@@ -113,8 +117,7 @@ def match(vectors, **settings):
         **settings,
     )
     derivatives = StudentDerivatives(FlatStudent(build_student(vectors.config)))
-    arguments = vectors["images"], vectors["labels"], vectors["lr"], vectors.flat("start"), vectors.flat("target")
-    return match_segment(derivatives, *arguments, vectors.plan(), settings)
+    return match_segment(vectors.problem(derivatives, settings.augmentation), vectors.flat("target"), settings)
 
 
 @pytest.mark.parametrize("name", ["tm_plain", "tm_dsa"])
@@ -122,10 +125,8 @@ def test_matching(name):
     vectors = Vectors(name)
     student = FlatStudent(build_student(vectors.config))
     assert student.names == vectors.about["parameter_order"]
-    given = vectors["images"], vectors["labels"], vectors["lr"], vectors.flat("start"), vectors.plan()
     augmentation = AugmentationSettings(crop_ratio=vectors.settings["ratio_crop_pad"])
-    derivatives = StudentDerivatives(student)
-    states = unroll(derivatives, *given, augmentation)
+    states = unroll(vectors.problem(StudentDerivatives(student), augmentation))
     assert_close(states[-1], vectors["final_student_flat"], 1e-6)
     for case in vectors.about["outputs"]:
         mask = {"full": "none"}.get(case["mode"], case["mode"])
@@ -231,13 +232,7 @@ def test_edf_loss_mask_and_gradients(edf, tmp_path, monkeypatch):
     names = {"images": "images_before", "labels": "labels", "lr": "lr"}
     expected = {name: vectors[f"out.grad_{recorded}"] for name, recorded in names.items()}
     assert_equal_gradients(actual, expected, "EDF")
-    states = unroll(
-        trainer.derivatives,
-        *(vectors[name] for name in ("images", "labels", "lr")),
-        vectors.flat("start"),
-        vectors.plan(),
-        trainer.settings.augmentation,
-    )
+    states = unroll(vectors.problem(trainer.derivatives, trainer.settings.augmentation))
     kept = kept_entries((states[-1] - vectors.flat("target")).square(), "loss", vectors.settings["alpha"])
     assert torch.equal(kept.bool(), vectors["out.keep_mask"])
 

@@ -12,7 +12,7 @@ from hf_effml.distillation import matching
 from hf_effml.distillation.differentiable_augmentation import AugmentationSettings
 from hf_effml.distillation.flat_student import FlatStudent, build_student
 from hf_effml.distillation.matching import MatchingSettings, kept_entries, match_segment, match_segments, matching_loss
-from hf_effml.distillation.unroll import StudentDerivatives, plan_steps
+from hf_effml.distillation.unroll import StudentDerivatives
 
 
 RATIOS = [0.0, 0.001, 0.1, 0.25, 0.5, 0.999]
@@ -95,11 +95,12 @@ class Case:
         self.settings = MatchingSettings(**{"syn_steps": 3, "batch_syn": 4, "loss_threshold": 100.0, **settings})
 
     def alone(self, number, **others):
-        plan = plan_steps(
-            6, (8, 8), steps=3, batch_size=4, augmentation=self.settings.augmentation, seed=self.seeds[number]
-        )
-        given = self.images, self.labels, self.lr, self.starts[number], self.targets[number], plan
-        return match_segment(self.derivatives, *given, replace(self.settings, **others))
+        settings = replace(self.settings, **others)
+        return match_segment(self.problem(number), self.targets[number], settings)
+
+    def problem(self, number):
+        given = self.derivatives, self.images, self.labels, self.lr, self.starts[number], self.seeds[number]
+        return self.settings.problem(*given)
 
     def together(self):
         leaves = [tensor.clone().requires_grad_() for tensor in (self.images, self.labels, self.lr)]
@@ -111,15 +112,7 @@ class Case:
 def test_what_is_left_out_does_not_matter(mask, ratio):
     case = Case(mask=mask, drop_ratio=ratio)
     before = case.alone(0)
-    final = matching.unroll(
-        case.derivatives,
-        case.images,
-        case.labels,
-        case.lr,
-        case.starts[0],
-        plan_steps(6, (8, 8), steps=3, batch_size=4, augmentation=case.settings.augmentation, seed=0),
-        case.settings.augmentation,
-    )[-1]
+    final = matching.unroll(case.problem(0))[-1]
     errors = (final - case.targets[0]).square()
     dropped = kept_entries(errors, mask, ratio) == 0
     # By depth any other target will do; by loss the entries must stay the best ones.

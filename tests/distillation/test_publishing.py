@@ -27,6 +27,7 @@ from hf_effml.distillation.differentiable_augmentation import AugmentationSettin
 from hf_effml.distillation.evaluation.measure import evaluate_distilled
 from hf_effml.distillation.evaluation.training_sets import TrainingSet
 from hf_effml.distillation.publishing.description import describe_distillation
+from hf_effml.distillation.publishing.run import DistillationRun
 from hf_effml.distillation.publishing.sets import INFO_NAME, check_distilled
 from hf_effml.distillation.real_images import RealImages
 from hf_effml.hub import check_folder, render_card, write_card
@@ -223,7 +224,7 @@ def test_info_is_plain_and_complete(expert_bank):
     data, bank = expert_bank
     model = make_model(dataset={"name": "colours", "hub_id": None})
     facts = {"steps": 9, "seed": 3, "arguments": {"lr_img": 1.0}, "processes": 2, "seconds": 1.26}
-    info = describe_distillation(model, bank=bank, license="mit", device="cpu", **facts)
+    info = describe_distillation(model, bank=bank, license="mit", run=DistillationRun(device="cpu", **facts))
     assert json.loads(json.dumps(info)) == info
     assert info["dataset"] == {"name": "colours", "license": "mit", "splits": {"train": 60, "validation": 15}}
     assert info["bank"] == bank.folder.name and info["experts"]["number"] == 3
@@ -299,11 +300,9 @@ def test_card_of_a_whole_run(processor, tmp_path):
     model = make_model(processor, method="edf", dataset=None)
     rules = describe_distillation(model)["protocol"]
     chosen = {"step": 300, "rule": "best accuracy", "accuracy": 0.8312, "images": 90, "seeds": 1, "protocol": rules}
-    info = describe_distillation(
-        model,
-        license="mit",
+    run = DistillationRun(
         steps=400,
-        selection=chosen,
+        selected=chosen,
         arguments={"lr_img": 100.0},
         command="hf-effml train edf",
         device="cpu",
@@ -311,6 +310,7 @@ def test_card_of_a_whole_run(processor, tmp_path):
         peak_memory_bytes=2**30,
         seed=7,
     )
+    info = describe_distillation(model, license="mit", run=run)
     save_distilled_dataset(model, tmp_path, processor, info=info, maps=torch.rand(4, 8, 8))
     card = render_card(tmp_path)
     assert card.data.license == "mit" and "have the license `mit`" in card.text

@@ -16,6 +16,7 @@ from hf_effml.distillation.differentiable_augmentation import OPERATIONS, Augmen
 from hf_effml.distillation.flat_student import FlatStudent, build_student
 from hf_effml.distillation.matching import MatchingSettings, match_segment, matching_loss
 from hf_effml.distillation.unroll import (
+    InnerProblem,
     InnerStep,
     StudentDerivatives,
     adjoint_sweep,
@@ -42,14 +43,18 @@ class Segment(NamedTuple):
     plan: list[InnerStep]
     settings: MatchingSettings
 
+    @property
+    def problem(self):
+        return InnerProblem(*self[:5], self.plan, self.settings.augmentation)
+
     def matched(self, **others):
-        return match_segment(*self[:-1], replace(self.settings, **others))
+        return match_segment(self.problem, self.target, replace(self.settings, **others))
 
     def reference(self, checkpoint=False):
         """Loss and gradients by autograd through the whole unroll."""
         given = [tensor.clone().requires_grad_() for tensor in (self.images, self.labels, self.lr)]
-        augmentation = self.settings.augmentation
-        final = unroll_reference(self.derivatives, *given, self.start, self.plan, augmentation, checkpoint)
+        images, labels, lr = given
+        final = unroll_reference(self.problem._replace(images=images, labels=labels, lr=lr), checkpoint)
         loss, _ = matching_loss(final, self.start, self.target, self.settings.mask, self.settings.drop_ratio)
         return loss.detach(), torch.autograd.grad(loss, given, allow_unused=True, materialize_grads=True)
 
@@ -220,7 +225,7 @@ def test_a_student_that_does_not_move(change):
 
 def test_a_student_that_arrives():
     one = segment()
-    final = unroll(*one[:5], one.plan, one.settings.augmentation)[-1]
+    final = unroll(one.problem)[-1]
     loss, gradients = one._replace(target=final).matched()
     assert loss == 0 and not any(gradient.any() for gradient in gradients)
 
@@ -255,11 +260,11 @@ def test_first_order_is_exact_for_one_step_only():
 def test_sweep_empties_the_states_and_leaves_its_input():
     one = segment()
     before = [tensor.clone() for tensor in (one.images, one.labels, one.lr, one.start)]
-    states = unroll(*one[:5], one.plan, one.settings.augmentation)
+    states = unroll(one.problem)
     assert len(states) == one.settings.syn_steps + 1
     adjoint = torch.randn_like(one.start)
     kept = adjoint.clone()
-    adjoint_sweep(*one[:4], states, one.plan, one.settings.augmentation, adjoint)
+    adjoint_sweep(one.problem, states, adjoint)
     assert states == [] and torch.equal(adjoint, kept)
     assert_close([one.images, one.labels, one.lr, one.start], before)
 
@@ -324,7 +329,7 @@ def test_autocast_leaves_states_and_adjoint_in_single_precision():
     one = segment(config, dtype=torch.float32, images=8, syn_steps=6, batch_syn=4)
     exact = one.matched()
     with torch.autocast("cpu", torch.bfloat16):
-        states = unroll(*one[:5], one.plan, one.settings.augmentation)
+        states = unroll(one.problem)
         found = one.derivatives.second_order(
             one.start, one.images[:4], one.labels[:4], torch.ones_like(one.start) * (1 + 2**-12)
         )

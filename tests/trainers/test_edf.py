@@ -11,7 +11,7 @@ from torch import nn
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 from helpers import assert_close, existing_gradients
-from hf_effml import ConvNetConfig, EDFTrainingArguments, distilled_from_real
+from hf_effml import ConvNetConfig, EDFTrainer, EDFTrainingArguments, distilled_from_real
 from hf_effml.distillation.edf import area_weights
 from hf_effml.distillation.flat_student import build_student
 from hf_effml.trainers import edf
@@ -180,6 +180,19 @@ def test_defaults(distil, expert_bank, warnings):
 def test_drop_ratio_follows_the_images_per_class(distil, expert_bank, images_per_class, fields, ratio):
     start = distilled_from_real(*expert_bank, images_per_class, method="noise")
     assert distil("EDF", start=start, **fields).settings.drop_ratio == ratio
+
+
+def test_the_same_arguments_serve_for_a_second_set(expert_bank, tmp_path):
+    """What follows from one set, one network for maps, does not stay for the next."""
+    bank = expert_bank[1]
+    args = EDFTrainingArguments(str(tmp_path), max_start_epoch=4, report_to="none", use_cpu=True)
+    before = args.to_dict()
+    one, two = (distilled_from_real(*expert_bank, per_class, method="noise") for per_class in (1, 2))
+    first = EDFTrainer(one, args, bank=bank, cam_model=bank.network(0))
+    assert (first.settings.drop_ratio, first.args.cam_method) == (0.0, "gradcam")
+    second = EDFTrainer(two, args, bank=bank)
+    assert (second.settings.drop_ratio, second.args.cam_method) == (0.25, "hirescam")
+    assert args.to_dict() == before and args.drop_ratio is None
 
 
 def test_a_network_with_a_processor_and_a_size_of_its_own(distil, asked):

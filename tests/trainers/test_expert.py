@@ -1,5 +1,6 @@
 """Training of experts: what is stored, that it repeats, resumes and splits over processes, and what is refused."""
 
+import copy
 import json
 import multiprocessing
 import os
@@ -55,6 +56,17 @@ def trainer(folder, config=None, data=DATA, curriculum=None, order=None, **field
     settings = {"num_experts": 2, "num_train_epochs": 4, "train_batch_size": 8, "learning_rate": 0.1, "device": "cpu"}
     args = ExpertTrainingArguments(str(folder), **{**settings, "disable_tqdm": True, **fields})
     return ExpertTrainer(config or convnet(), args, data, curriculum, order)
+
+
+def test_what_the_caller_gave_stays(tmp_path):
+    config, order = convnet(), [torch.arange(label, 30, CLASSES) for label in range(CLASSES)]
+    data, curriculum = make_data(), DataCurriculum(add_end_epoch=1, remove=((2, 0.1),))
+    made = trainer(tmp_path, config, data, curriculum, order)
+    before = copy.deepcopy((config.to_dict(), vars(made.args), curriculum, order, data.train.images))
+    made.train()
+    after = config.to_dict(), vars(made.args), curriculum, order, data.train.images
+    assert before[:3] == after[:3]
+    assert_close(after[3:], before[3:])
 
 
 def rows_of(bank):

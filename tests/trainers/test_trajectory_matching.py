@@ -1,5 +1,6 @@
 """Plain trajectory matching: steps that repeat themselves exactly, and what must not spoil them."""
 
+import copy
 import math
 import multiprocessing
 import os
@@ -68,6 +69,27 @@ def test_the_loss_falls(distil):
     assert losses[-1] < 0.8 * losses[0] and trainer.state.global_step == 30
     assert trainer.state.log_history[0].keys() >= {"matched", "synthetic_lr", "learning_rate"}
     assert trainer.model.config.method == "tm"
+
+
+@pytest.mark.parametrize("method", ["TrajectoryMatching", "PAD", "EDF"])
+def test_what_the_caller_gave_stays(distil, expert_bank, method):
+    """Training changes the set and says in its configuration how; making a trainer changes nothing."""
+    data, bank = expert_bank
+    metadata, images = copy.deepcopy(bank.metadata), data.validation.images.clone()
+    start = distilled_from_real(data, bank, 2)
+    # Every Trainer writes this one.
+    start.config.use_cache = False
+    before = start.config.to_dict()
+    processor = bank.image_processor
+    fields = processor.to_dict()
+    made = distil(method, start=start, eval_dataset=data.validation, processing_class=processor, eval_epochs=2)
+    assert start.config.to_dict() == before
+    given = made.args.to_dict()
+    made.train()
+    made.evaluate()
+    assert made.args.to_dict() == given and bank.metadata == metadata and processor.to_dict() == fields
+    assert torch.equal(data.validation.images, images)
+    assert start.config.to_dict() == before | {"method": made._method}
 
 
 def test_seeds(distil):

@@ -77,10 +77,8 @@ def evaluate_distilled(
             The training images. Without them nothing is compared with random images.
         bank ([`TrajectoryBank`], *optional*):
             The experts that give random images their soft labels, and the teacher where the protocol needs one.
-        initial ([`TrainingSet`] or [`DistilledDatasetModel`], *optional*):
-            The set before it was distilled.
-        last ([`TrainingSet`] or [`DistilledDatasetModel`], *optional*):
-            The set at the last step, where `dataset` was selected from the steps before.
+        initial, last ([`TrainingSet`] or [`DistilledDatasetModel`], *optional*):
+            The set before it was distilled, and at the last step, where `dataset` was selected from the steps before.
         teacher (`nn.Module`, *optional*):
             The teacher for protocols with `labels="teacher"`; the bank's first expert if unset.
         full_accuracy (`float`, *optional*):
@@ -93,14 +91,10 @@ def evaluate_distilled(
             `False` measures the set with its own labels and nothing else.
         learning_rate (`float`, *optional*):
             The learned learning rate of a `datasets.Dataset`, which holds none; otherwise in place of the set's.
-        split (`str`, *optional*, defaults to `"test"`):
-            What kind of images `test` are; the report says it.
-        name (`str`, *optional*):
-            What to call the network in the report.
-        device (`torch.device` or `str`, *optional*):
-            Where to train; a GPU if there is one.
-        disable_tqdm (`bool`, *optional*, defaults to `False`):
-            Show no progress bars.
+        split, name (`str`, *optional*):
+            What kind of images `test` are, and what to call the network; the report says both.
+        device, disable_tqdm (*optional*):
+            Where to train, on a GPU if there is one; `True` shows no progress bars.
 
     Returns:
         [`EvaluationReport`]: all accuracies and scores.
@@ -111,53 +105,21 @@ def evaluate_distilled(
     Example:
 
     ```python
-    >>> from hf_effml.distillation.evaluation.measure import evaluate_distilled
-
     >>> report = evaluate_distilled(model, "convnet", data.test, real=data.train, bank=bank)  # doctest: +SKIP
     >>> report.accuracy, report.scores["IOR"]  # doctest: +SKIP
     (0.848, 0.101)
     ```
     """
-    started = time.perf_counter()
+    compared = {key: as_training_set(one) for key, one in (("initial", initial), ("last", last)) if one is not None}
     sets = [as_training_set(one, learning_rate) for one in (dataset if isinstance(dataset, list) else [dataset])]
-    others = {key: as_training_set(one) for key, one in (("initial", initial), ("last", last)) if one is not None}
-    rules = get_protocol(protocol)
-    for one in [*sets, *others.values()]:
-        _check_set(one, test)
-        rules.for_set(one)
-    _check(test, real, seeds, draws, full_accuracy)
-    if isinstance(student, str):
-        name = name or student
-        student = student_by_name(student, test.images.shape[2:], test.images.shape[1], test.num_labels)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device is None else torch.device(device)
-    if rules.labels == "teacher" and teacher is None and bank is not None:
-        teacher = bank.network(0)
-    plan, notes = _Plan(rules, seeds), []
-    plan.add("distilled", sets)
+    plan = _Plan(get_protocol(protocol), seeds, sets, _device(device))
+    _check(plan, compared, test, real, draws, full_accuracy)
     if baselines:
-        notes = plan.add_baselines(sets, others, real, bank, draws, device)
-        if full_accuracy is None and full_epochs and real is not None:
-            everything = TrainingSet(real.images, real.labels, augmentation=sets[0].augmentation)
-            plan.add("full", [everything], get_protocol("hard", epochs=full_epochs), seeds[:1])
-    values: dict[str, list[float]] = {} if full_accuracy is None else {"full": [full_accuracy]}
-    for key, one, how, seed in logging.tqdm(plan.trainings, desc="trainings", leave=False, disable=disable_tqdm):
-        network = train_student(one, student, how, seed, device, teacher, disable_tqdm)
-        values.setdefault(key, []).append(accuracy(network, test))
-    return EvaluationReport(
-        student=name or student_name(student),
-        protocol=rules.for_set(sets[0]),
-        split=split,
-        test_images=len(test),
-        test_fingerprint=test.fingerprint,
-        images=len(sets[0].images),
-        classes=test.num_labels,
-        learning_rates=tuple(one.learning_rate for one in sets),
-        seeds=tuple(seeds),
-        draws=draws if real is not None and baselines else 0,
-        accuracies={key: MeasuredAccuracy.of(found) for key, found in values.items()},
-        notes=tuple(notes),
-        seconds=time.perf_counter() - started,
-    )
+        plan.add_baselines(compared, real, bank, draws, full_epochs if full_accuracy is None else 0)
+    if teacher is None and bank is not None and plan.protocol.labels == "teacher":
+        teacher = bank.network(0)
+    known = {} if full_accuracy is None else {"full": [full_accuracy]}
+    return plan.measure(student, test, teacher, known, split, name, disable_tqdm)
 
 
 def cross_architecture(
@@ -195,9 +157,14 @@ def cross_architecture(
 class _Plan:
     """All trainings of an evaluation: name of the row, what is trained on, how, and with which seed."""
 
-    def __init__(self, protocol: EvaluationProtocol, seeds: Sequence[int]):
-        self.protocol, self.seeds = protocol, seeds
+    def __init__(
+        self, protocol: EvaluationProtocol, seeds: Sequence[int], sets: Sequence[TrainingSet], device: torch.device
+    ):
+        self.started = time.perf_counter()
+        self.protocol, self.seeds, self.sets, self.device = protocol, seeds, sets, device
         self.trainings: list[tuple[str, TrainingSet, EvaluationProtocol, int]] = []
+        self.draws, self.notes = 0, list[str]()
+        self.add("distilled", sets)
 
     def add(
         self,
@@ -211,38 +178,78 @@ class _Plan:
 
     def add_baselines(
         self,
-        sets: Sequence[TrainingSet],
-        others: Mapping[str, TrainingSet],
+        compared: Mapping[str, TrainingSet],
         real: "RealImages | None",
         bank: "TrajectoryBank | None",
         draws: int,
-        device: torch.device,
-    ) -> list[str]:
-        """Adds what the sets are compared with, and returns remarks on what they cannot be compared with."""
-        labels = self.protocol.labels
-        hard = replace(self.protocol, labels="hard")
+        full_epochs: int,
+    ) -> None:
+        """Adds what the sets are compared with, and remarks on what they cannot be compared with."""
+        own = self.protocol.for_set(self.sets[0]).augmentation or AugmentationSettings()
         # The other half of the augmentation-robust score.
-        own = self.protocol.for_set(sets[0]).augmentation or AugmentationSettings()
         switched = replace(
             self.protocol, augmentation=AugmentationSettings("none" if own.operations else _ALL_OPERATIONS)
         )
-        self.add("distilled_switched", sets, switched)
-        if labels != "hard":
-            self.add("distilled_hard", sets, hard)
-        for key, one in others.items():
+        self.add("distilled_switched", self.sets, switched)
+        if self.protocol.labels != "hard":
+            self.add("distilled_hard", self.sets, replace(self.protocol, labels="hard"))
+        for key, one in compared.items():
             self.add(key, [one])
         if real is None:
-            return ["Without `real` images there is nothing random to compare with: IOR, LRS and ARS are missing."]
-        random = [_random_set(real, sets[0], draw) for draw in range(draws)]
-        if labels != "hard":
-            self.add("random_hard", random, hard)
-        if labels == "soft":
+            self.notes.append(
+                "Without `real` images there is nothing random to compare with: IOR, LRS and ARS are missing."
+            )
+            return
+        self.draws = draws
+        self._add_random(real, bank, switched)
+        if full_epochs:
+            everything = TrainingSet(real.images, real.labels, augmentation=self.sets[0].augmentation)
+            self.add("full", [everything], get_protocol("hard", epochs=full_epochs), self.seeds[:1])
+
+    def _add_random(self, real: "RealImages", bank: "TrajectoryBank | None", switched: EvaluationProtocol) -> None:
+        random = [_random_set(real, self.sets[0], draw) for draw in range(self.draws)]
+        if self.protocol.labels != "hard":
+            self.add("random_hard", random, replace(self.protocol, labels="hard"))
+        if self.protocol.labels == "soft":
             if bank is None:
-                return ["Without a `bank` random images have no soft labels: IOR, LRS and ARS are missing."]
-            random = [_with_soft_labels(one, bank, device) for one in random]
+                self.notes.append("Without a `bank` random images have no soft labels: IOR, LRS and ARS are missing.")
+                return
+            random = [_with_soft_labels(one, bank, self.device) for one in random]
         self.add("random", random)
         self.add("random_switched", random, switched)
-        return []
+
+    def measure(
+        self,
+        student: Student | str,
+        test: "RealImages",
+        teacher: nn.Module | None,
+        known: dict[str, list[float]],
+        split: str,
+        name: str | None,
+        disable_tqdm: bool,
+    ) -> EvaluationReport:
+        """Trains all networks and measures each."""
+        if isinstance(student, str):
+            name = name or student
+            student = student_by_name(student, test.images.shape[2:], test.images.shape[1], test.num_labels)
+        for key, one, how, seed in logging.tqdm(self.trainings, desc="trainings", leave=False, disable=disable_tqdm):
+            network = train_student(one, student, how, seed, self.device, teacher, disable_tqdm)
+            known.setdefault(key, []).append(accuracy(network, test))
+        return EvaluationReport(
+            student=name or student_name(student),
+            protocol=self.protocol.for_set(self.sets[0]),
+            split=split,
+            test_images=len(test),
+            test_fingerprint=test.fingerprint,
+            images=len(self.sets[0].images),
+            classes=test.num_labels,
+            learning_rates=tuple(one.learning_rate for one in self.sets),
+            seeds=tuple(self.seeds),
+            draws=self.draws,
+            accuracies={key: MeasuredAccuracy.of(found) for key, found in known.items()},
+            notes=tuple(self.notes),
+            seconds=time.perf_counter() - self.started,
+        )
 
 
 def _random_set(real: "RealImages", like: TrainingSet, draw: int) -> TrainingSet:
@@ -259,10 +266,22 @@ def _name(student: Student | str) -> str:
     return student if isinstance(student, str) else student_name(student)
 
 
+def _device(device: torch.device | str | None) -> torch.device:
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
+
+
 def _check(
-    test: "RealImages", real: "RealImages | None", seeds: Sequence[int], draws: int, full_accuracy: float | None
+    plan: _Plan,
+    compared: Mapping[str, TrainingSet],
+    test: "RealImages",
+    real: "RealImages | None",
+    draws: int,
+    full_accuracy: float | None,
 ) -> None:
-    if not seeds:
+    for one in [*plan.sets, *compared.values()]:
+        _check_set(one, test)
+        plan.protocol.for_set(one)
+    if not plan.seeds:
         raise ValueError("`seeds` must name at least one seed.")
     if draws < 1:
         raise ValueError(f"`draws` must be at least 1; got {draws}.")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from hf_effml.distillation.differentiable_augmentation import AugmentationSettings, augment, draw_augmentation
+from hf_effml.distillation.feature_layers import evaluating, on_device
 from hf_effml.distillation.flat_student import logits_of, seed_from
 
 from .protocols import EvaluationProtocol, get_protocol
@@ -52,8 +53,7 @@ def train_student(
         device (`torch.device` or `str`, *optional*):
             Where to train; where the images are if unset.
         teacher (`nn.Module`, *optional*):
-            A trained network, for protocols with `labels="teacher"`. It is moved to the device and into evaluation
-            mode.
+            A trained network, for protocols with `labels="teacher"`. It stays where and as it is.
         disable_tqdm (`bool`, *optional*, defaults to `False`):
             Show no progress bar.
 
@@ -84,7 +84,8 @@ def train_student(
     targets = _targets(training_set, settings, teacher, images.device)
     model = make_student(student, seed_from(seed, "student")).to(images.device).train()
     generator = torch.Generator().manual_seed(seed_from(seed, "batches"))
-    run = _Training(model, student_name(student), settings, teacher if targets is None else None, generator)
+    teacher = None if teacher is None or targets is not None else on_device(teacher, images.device)
+    run = _Training(model, student_name(student), settings, teacher, generator)
     epochs = logging.tqdm(range(settings.epochs), desc="training", leave=False, delay=2, disable=disable_tqdm)
     with torch.random.fork_rng(devices=[images.device] if images.is_cuda else []):
         torch.manual_seed(seed_from(seed, "dropout"))
@@ -169,7 +170,7 @@ class _Training:
         if self.protocol.cutmix:
             images, other, pasted = _cutmix(images, self.generator)
         if self.teacher is not None:
-            with torch.no_grad():
+            with torch.no_grad(), evaluating(self.teacher):
                 targets = logits_of(self.teacher(images)).softmax(-1)
         logits = self._logits(images)
         loss = F.cross_entropy(logits, targets)
@@ -222,7 +223,6 @@ def _targets(
                 f"The protocol `{protocol.name}` trains on the labels of a `teacher`; give a trained network, for "
                 "example `bank.network(0)`."
             )
-        teacher.to(device).eval()
         return None
     if protocol.labels == "hard":
         return training_set.class_ids.to(device)

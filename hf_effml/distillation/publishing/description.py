@@ -5,14 +5,14 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-import torch
 from transformers.utils import logging
 
 from hf_effml.distillation.evaluation.protocols import get_protocol
 from hf_effml.distillation.evaluation.students import student_name
 from hf_effml.distillation.evaluation.training_sets import as_training_set
 from hf_effml.distillation.modeling_distilled_dataset import DistilledDatasetModel
-from hf_effml.utils.benchmark import describe_run
+
+from .run import DistillationRun
 
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from hf_effml.distillation.evaluation.report import EvaluationReport
 
 
-__all__ = ["FORMAT_VERSION", "describe_distillation", "names_of_classes", "peak_memory_so_far"]
+__all__ = ["FORMAT_VERSION", "describe_distillation", "names_of_classes"]
 
 logger = logging.get_logger(__name__)
 
@@ -35,15 +35,7 @@ def describe_distillation(
     reports: "Sequence[EvaluationReport]" = (),
     bank: "TrajectoryBank | None" = None,
     license: str | None = None,
-    steps: int | None = None,
-    selection: Mapping[str, Any] | None = None,
-    arguments: Mapping[str, Any] | None = None,
-    seed: int | None = None,
-    command: str | None = None,
-    device: torch.device | str | None = None,
-    processes: int | None = None,
-    seconds: float | None = None,
-    peak_memory_bytes: int | None = None,
+    run: DistillationRun | None = None,
 ) -> dict[str, Any]:
     """Gathers what others need to use a distilled set, to judge it and to make it again.
 
@@ -59,24 +51,8 @@ def describe_distillation(
             The experts.
         license (`str`, *optional*):
             The Hub's keyword for the license of the real images, which holds for those made from them too.
-        steps (`int`, *optional*):
-            Steps of the distillation.
-        selection (`Mapping`, *optional*):
-            Which of them the set is from (`step`) and why (`rule`), with what it was chosen by.
-        arguments (`Mapping`, *optional*):
-            Arguments that shaped the run.
-        seed (`int`, *optional*):
-            Seed of the run.
-        command (`str`, *optional*):
-            Command line of the run.
-        device (`torch.device` or `str`, *optional*):
-            Where it ran; this machine's processor or GPU is then named.
-        processes (`int`, *optional*):
-            On how many processes.
-        seconds (`float`, *optional*):
-            How long it took.
-        peak_memory_bytes (`int`, *optional*):
-            Most memory that it held.
+        run ([`DistillationRun`], *optional*):
+            How it was made.
 
     Returns:
         `dict[str, Any]`: plain values for JSON.
@@ -91,49 +67,19 @@ def describe_distillation(
     >>> from hf_effml.distillation.publishing.description import describe_distillation
 
     >>> model = DistilledDatasetModel(DistilledDatasetConfig(images_per_class=2, image_size=8))
-    >>> info = describe_distillation(model, seed=0)
-    >>> info["image_shape"], info["protocol"]["epochs"], info["seed"], "bank" in info
-    ([3, 8, 8], 1001, 0, False)
+    >>> info = describe_distillation(model)
+    >>> info["image_shape"], info["protocol"]["epochs"], "bank" in info
+    ([3, 8, 8], 1001, False)
     ```
     """
-    config = model.config
-    student = {key: value for key, value in (config.student or {}).items() if key not in _ABOUT_THE_FILE}
-    low, high = model.images.detach().aminmax()
     found = {
-        "format_version": FORMAT_VERSION,
-        "hf_effml_version": version("hf-effml"),
-        "method": config.method,
-        "dataset": _describe_data(config.dataset, bank, license),
-        "classes": names_of_classes(model),
-        "images_per_class": config.images_per_class,
-        "images": config.num_images,
-        "image_shape": list(model.images.shape[1:]),
-        "value_range": [low.item(), high.item()],
-        "soft_labels": "logits",
-        "learning_rate": float(model.lr.detach()),
-        "preprocessing": config.preprocessing,
-        "student": student or None,
-        "student_name": student_name(student) if student else None,
-        "protocol": get_protocol("tm").for_set(as_training_set(model)).to_dict(),
+        **_describe_set(model),
+        "dataset": _describe_data(model.config.dataset, bank, license),
         "bank": None if bank is None else bank.repo_id or bank.folder.resolve().name,
         "experts": None if bank is None else _describe_experts(bank),
-        "steps": steps,
-        "selected": None if selection is None else dict(selection),
-        "arguments": None if arguments is None else dict(arguments),
-        "seed": seed,
-        "command": command,
-        "processes": processes,
-        "seconds": None if seconds is None else round(seconds, 1),
-        "peak_memory_bytes": peak_memory_bytes,
+        **(DistillationRun() if run is None else run).to_dict(),
         "results": [report.to_dict() for report in reports],
     }
-    if device is not None:
-        run = describe_run(seed=seed or 0, rounds=1, device=device)
-        found |= {
-            "device": run["processor"] if run["device"] == "cpu" else run["device"],
-            "versions": {name: number for name, number in run["versions"].items() if number},
-            "date": run["date"],
-        }
     # As the file will hold it, with names as keys and lists instead of tuples.
     return json.loads(json.dumps({key: value for key, value in found.items() if value is not None}, default=str))
 
@@ -151,24 +97,27 @@ def names_of_classes(model: DistilledDatasetModel) -> list[str]:
     return [str(model.config.id2label[number]) for number in range(model.config.num_labels)]
 
 
-def peak_memory_so_far(device: torch.device | str) -> int | None:
-    """The most memory that this process has held: of a GPU its tensors, otherwise all of the process.
-
-    Args:
-        device (`torch.device` or `str`):
-            Where it computes.
-
-    Returns:
-        `int` or `None`: bytes; `None` where the system does not tell.
-    """
-    if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        from resource import RUSAGE_SELF, getrusage
-    except ImportError:
-        return None
-    # Linux counts in KiB.
-    return getrusage(RUSAGE_SELF).ru_maxrss * 1024
+def _describe_set(model: DistilledDatasetModel) -> dict[str, Any]:
+    """What the set knows about itself, and how to train on it."""
+    config = model.config
+    student = {key: value for key, value in (config.student or {}).items() if key not in _ABOUT_THE_FILE}
+    low, high = model.images.detach().aminmax()
+    return {
+        "format_version": FORMAT_VERSION,
+        "hf_effml_version": version("hf-effml"),
+        "method": config.method,
+        "classes": names_of_classes(model),
+        "images_per_class": config.images_per_class,
+        "images": config.num_images,
+        "image_shape": list(model.images.shape[1:]),
+        "value_range": [low.item(), high.item()],
+        "soft_labels": "logits",
+        "learning_rate": float(model.lr.detach()),
+        "preprocessing": config.preprocessing,
+        "student": student or None,
+        "student_name": student_name(student) if student else None,
+        "protocol": get_protocol("tm").for_set(as_training_set(model)).to_dict(),
+    }
 
 
 def _describe_data(
