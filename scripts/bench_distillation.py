@@ -52,7 +52,8 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
     (args,) = parse_arguments(BenchArguments, argv=argv, program=__file__, description=__doc__)
     import torch
 
-    from hf_effml.distillation.cost import cost_table, published_costs
+    from hf_effml.cli.recipes import read_recipes
+    from hf_effml.distillation.cost import recipe_costs
     from hf_effml.utils.benchmark import describe_run, markdown_table, one_line, write_report
 
     torch.set_num_threads(args.threads)
@@ -69,7 +70,11 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
         f"## What else happens often\n\n{markdown_table(others)}",
     ]
     if args.published:
-        results["published"] = published = cost_table(published_costs())
+        results["published"] = published = [
+            {"setting": f"{method} {name}", **cost.as_row()}
+            for method in ("datm", "pad", "edf")
+            for name, cost in recipe_costs(read_recipes(method)).items()
+        ]
         tables.append(f"## What the published settings need\n\n{markdown_table(published)}")
     tables.append(one_line(run))
     print("\n\n".join(tables))

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -14,14 +14,7 @@ from .configuration_convnet import ConvNetConfig
 from .flat_student import build_student, math_attention, student_config
 
 
-__all__ = [
-    "PUBLISHED_SETTINGS",
-    "CostEstimate",
-    "PublishedSetting",
-    "cost_table",
-    "estimate_cost",
-    "published_costs",
-]
+__all__ = ["CostEstimate", "estimate_cost", "recipe_costs"]
 
 _BYTES = 4
 # Measured on ConvNets: what the graph of a step that is to be differentiated twice keeps, in values per value that
@@ -232,110 +225,42 @@ def estimate_cost(
     )
 
 
-def cost_table(estimates: Mapping[str, CostEstimate]) -> list[dict[str, Any]]:
-    """Puts estimates below each other, for [`~hf_effml.utils.benchmark.markdown_table`].
+# Classes, image size and depth of the student; subsets of ImageNet have 10, 128 and 5.
+_EXPERTS = {"expert-cifar10": (10, 32, 3), "expert-cifar100": (100, 32, 3), "expert-tiny-imagenet": (200, 64, 4)}
+_OF_SUBSETS = (10, 128, 5)
+
+
+def recipe_costs(recipes: Mapping[str, Mapping[str, Any]]) -> dict[str, CostEstimate]:
+    """Estimates what the settings of the papers need: their 100 experts of 100 epochs, ConvNets of width 128.
 
     Args:
-        estimates (`Mapping[str, CostEstimate]`):
-            By the name of the setting.
-
-    Returns:
-        `list[dict]`: one row per setting.
-    """
-    return [{"setting": name, **estimate.as_row()} for name, estimate in estimates.items()]
-
-
-class PublishedSetting(NamedTuple):
-    """One row of a paper's table of settings, as far as it decides about cost; students are ConvNets of width 128."""
-
-    paper: str
-    dataset: str
-    ipc: int
-    syn_steps: int
-    batch_syn: int | None
-    expert_epochs: int
-    min_start_epoch: int
-    max_start_epoch: int
-
-    @property
-    def name(self) -> str:
-        """Paper, data set and images per class."""
-        return f"{self.paper} {self.dataset} IPC {self.ipc}"
-
-    def estimate(self) -> CostEstimate:
-        """What it needs, with the papers' 100 experts of 100 epochs and 10,000 iterations."""
-        num_classes, size, depth = _DATASETS.get(self.dataset, (10, 128, 5))
-        return estimate_cost(
-            ConvNetConfig(depth=depth, hidden_size=128, image_size=size),
-            (3, size, size),
-            num_classes,
-            self.ipc,
-            syn_steps=self.syn_steps,
-            batch_syn=self.batch_syn,
-            kept_snapshots=self.max_start_epoch - self.min_start_epoch + self.expert_epochs,
-        )
-
-
-# Classes, image size and depth of the student; subsets of ImageNet have 10, 128 and 5.
-_DATASETS = {"CIFAR-10": (10, 32, 3), "CIFAR-100": (100, 32, 3), "Tiny ImageNet": (200, 64, 4)}
-
-PUBLISHED_SETTINGS = (
-    # arXiv 2310.05773, its configuration files.
-    PublishedSetting("DATM", "CIFAR-10", 1, 80, 10, 2, 0, 4),
-    PublishedSetting("DATM", "CIFAR-10", 10, 80, 100, 2, 0, 20),
-    PublishedSetting("DATM", "CIFAR-10", 50, 80, 500, 2, 0, 40),
-    PublishedSetting("DATM", "CIFAR-10", 500, 40, 1000, 2, 40, 60),
-    PublishedSetting("DATM", "CIFAR-10", 1000, 100, 1000, 2, 40, 60),
-    PublishedSetting("DATM", "CIFAR-100", 1, 40, 1000, 3, 0, 20),
-    PublishedSetting("DATM", "CIFAR-100", 10, 80, 1000, 2, 0, 50),
-    PublishedSetting("DATM", "CIFAR-100", 50, 80, 1000, 2, 20, 70),
-    PublishedSetting("DATM", "CIFAR-100", 100, 80, 1000, 2, 30, 70),
-    PublishedSetting("DATM", "Tiny ImageNet", 1, 40, 1000, 2, 0, 20),
-    PublishedSetting("DATM", "Tiny ImageNet", 10, 40, 500, 2, 10, 50),
-    PublishedSetting("DATM", "Tiny ImageNet", 50, 20, 1000, 2, 40, 70),
-    # arXiv 2408.03360, table 7.
-    PublishedSetting("PAD", "CIFAR-10", 1, 80, 10, 2, 0, 4),
-    PublishedSetting("PAD", "CIFAR-10", 10, 80, 100, 2, 0, 20),
-    PublishedSetting("PAD", "CIFAR-10", 50, 80, 500, 2, 0, 40),
-    PublishedSetting("PAD", "CIFAR-10", 500, 80, 1000, 2, 40, 60),
-    PublishedSetting("PAD", "CIFAR-10", 1000, 80, 1000, 2, 40, 60),
-    PublishedSetting("PAD", "CIFAR-100", 1, 40, 100, 3, 0, 20),
-    PublishedSetting("PAD", "CIFAR-100", 10, 80, 1000, 2, 0, 40),
-    PublishedSetting("PAD", "CIFAR-100", 50, 80, 1000, 2, 40, 80),
-    PublishedSetting("PAD", "CIFAR-100", 100, 80, 1000, 2, 40, 80),
-    PublishedSetting("PAD", "Tiny ImageNet", 1, 60, 200, 2, 0, 30),
-    PublishedSetting("PAD", "Tiny ImageNet", 10, 60, 250, 2, 0, 40),
-    PublishedSetting("PAD", "Tiny ImageNet", 50, 80, 250, 2, 20, 60),
-    # arXiv 2410.17193, its configuration files.
-    PublishedSetting("EDF", "ImageNette", 1, 40, None, 2, 0, 10),
-    PublishedSetting("EDF", "ImageNette", 10, 40, 200, 2, 0, 20),
-    PublishedSetting("EDF", "ImageNette", 50, 80, 128, 2, 0, 40),
-    PublishedSetting("EDF", "ImageWoof", 1, 40, None, 2, 0, 10),
-    PublishedSetting("EDF", "ImageWoof", 10, 40, 250, 2, 0, 20),
-    PublishedSetting("EDF", "ImageWoof", 50, 40, 250, 2, 0, 40),
-    PublishedSetting("EDF", "ImageMeow", 1, 40, None, 2, 0, 10),
-    PublishedSetting("EDF", "ImageMeow", 10, 40, 250, 2, 0, 20),
-    PublishedSetting("EDF", "ImageMeow", 50, 80, 128, 2, 0, 40),
-    PublishedSetting("EDF", "ImageYellow", 1, 40, None, 2, 0, 10),
-    PublishedSetting("EDF", "ImageYellow", 10, 40, 250, 2, 0, 20),
-    PublishedSetting("EDF", "ImageYellow", 50, 40, 200, 2, 0, 40),
-    PublishedSetting("EDF", "ImageSquawk", 1, 40, None, 2, 0, 10),
-    PublishedSetting("EDF", "ImageSquawk", 10, 40, 250, 2, 0, 20),
-    PublishedSetting("EDF", "ImageSquawk", 50, 80, 128, 2, 0, 40),
-    PublishedSetting("EDF", "ImageFruit", 50, 80, 128, 2, 0, 40),
-    PublishedSetting("EDF", "Comp-DD", 1, 40, None, 2, 0, 10),
-    PublishedSetting("EDF", "Comp-DD", 10, 40, 200, 2, 0, 20),
-    PublishedSetting("EDF", "Comp-DD", 50, 40, 200, 2, 0, 40),
-)
-
-
-def published_costs() -> dict[str, CostEstimate]:
-    """Estimates what every published setting needs.
+        recipes (`Mapping[str, Mapping]`):
+            Settings of `hf-effml train datm`, `pad` or `edf` by name, as [`~hf_effml.cli.recipes.read_recipes`] has
+            them. Those for digits, whose experts are other ones, are left out.
 
     Returns:
         `dict[str, CostEstimate]`: by name.
     """
-    return {setting.name: setting.estimate() for setting in PUBLISHED_SETTINGS}
+    return {
+        name: _cost_of_recipe(settings)
+        for name, settings in recipes.items()
+        if settings.get("bank", "expert-digits") != "expert-digits"
+    }
+
+
+def _cost_of_recipe(settings: Mapping[str, Any]) -> CostEstimate:
+    num_classes, size, depth = _EXPERTS.get(settings["bank"].removesuffix("-pad"), _OF_SUBSETS)
+    return estimate_cost(
+        ConvNetConfig(depth=depth, hidden_size=128, image_size=size),
+        (3, size, size),
+        num_classes,
+        settings["images_per_class"],
+        syn_steps=settings["syn_steps"],
+        batch_syn=settings.get("batch_syn"),
+        kept_snapshots=settings["max_start_epoch"]
+        - settings.get("min_start_epoch", 0)
+        + settings.get("expert_epochs", 2),
+    )
 
 
 def _for_data(

@@ -5,8 +5,9 @@ import torch
 from transformers import ResNetConfig, ViTConfig
 
 from hf_effml import VimConfig
+from hf_effml.cli.recipes import read_recipes
 from hf_effml.distillation.configuration_convnet import ConvNetConfig
-from hf_effml.distillation.cost import PUBLISHED_SETTINGS, cost_table, estimate_cost, published_costs
+from hf_effml.distillation.cost import estimate_cost, recipe_costs
 from hf_effml.distillation.differentiable_augmentation import AugmentationSettings
 from hf_effml.distillation.flat_student import FlatStudent, build_student
 from hf_effml.distillation.unroll import (
@@ -17,24 +18,28 @@ from hf_effml.distillation.unroll import (
     unroll,
     unroll_reference,
 )
-from hf_effml.utils.benchmark import markdown_table, peak_memory
+from hf_effml.utils.benchmark import peak_memory
 
 
 # MB per image-step, GB of the full unroll, of a step, of the states, MFLOP of an image, TFLOP of an iteration.
 KNOWN = {
-    "DATM CIFAR-10 IPC 1": (3.1, 2.5, 0.03, 0.10, 101, 1.0),
-    "DATM CIFAR-10 IPC 10": (3.1, 25, 0.31, 0.10, 101, 9.7),
-    "DATM CIFAR-10 IPC 50": (3.1, 125, 1.6, 0.10, 101, 49),
-    "DATM CIFAR-10 IPC 1000": (3.1, 312, 3.1, 0.13, 101, 122),
-    "DATM Tiny ImageNet IPC 50": (12.6, 252, 12.6, 0.07, 425, 102),
-    "EDF ImageNette IPC 10": (50.6, 202, 5.1, 0.10, 1718, 82),
-    "EDF ImageNette IPC 50": (50.6, 518, 6.5, 0.20, 1718, 211),
+    "datm cifar10_ipc1": (3.1, 2.5, 0.03, 0.10, 101, 1.0),
+    "datm cifar10_ipc10": (3.1, 25, 0.31, 0.10, 101, 9.7),
+    "datm cifar10_ipc50": (3.1, 125, 1.6, 0.10, 101, 49),
+    "datm cifar10_ipc1000": (3.1, 312, 3.1, 0.13, 101, 122),
+    "datm tiny_imagenet_ipc50": (12.6, 252, 12.6, 0.07, 425, 102),
+    "edf imagenette_ipc10": (50.6, 202, 5.1, 0.10, 1718, 82),
+    "edf imagenette_ipc50": (50.6, 518, 6.5, 0.20, 1718, 211),
 }
 
 
 @pytest.fixture(scope="module")
 def costs():
-    return published_costs()
+    """What every setting of the papers needs, by method and name of the recipe."""
+    methods = ("datm", "pad", "edf")
+    return {
+        f"{method} {name}": cost for method in methods for name, cost in recipe_costs(read_recipes(method)).items()
+    }
 
 
 @pytest.mark.parametrize("name", KNOWN)
@@ -54,21 +59,19 @@ def test_known_settings(costs, name):
 
 
 def test_published_settings(costs):
-    assert len(costs) == len(PUBLISHED_SETTINGS) == 43, "two settings of one name"
-    parameters = {"CIFAR-10": 320_010, "CIFAR-100": 504_420, "Tiny ImageNet": 857_160}
-    for setting in PUBLISHED_SETTINGS:
-        assert costs[setting.name].parameters == parameters.get(setting.dataset, 615_690)
-    whole = costs["PAD CIFAR-10 IPC 500"]
+    assert len(costs) == 12 + 12 + 23
+    parameters = {"cifar10": 320_010, "cifar100": 504_420, "tiny_imagenet": 857_160}
+    for name, cost in costs.items():
+        data = name.split()[1].rpartition("_ipc")[0]
+        assert cost.parameters == parameters.get(data, 615_690)
+    whole = costs["pad cifar10_ipc500"]
     assert round(whole.gb_bank, 1) == 12.9 and whole.snapshots == 101
     # Start epochs 40 to 59 and targets up to 61.
     assert whole.kept_snapshots == 22
-    assert costs["EDF ImageNette IPC 1"].batch == 10 and costs["EDF ImageWoof IPC 10"].batch == 100
-
-
-def test_table(costs):
-    table = markdown_table(cost_table(costs))
-    assert "| setting | parameters | MFLOP per image | MB per image-step | full unroll GB | ours GB |" in table
-    assert "| EDF ImageNette IPC 50 | 615690 | 1720 | 50.3 | 519 |" in table
+    assert costs["edf imagenette_ipc1"].batch == 10 and costs["edf imagewoof_ipc10"].batch == 100
+    row = costs["edf imagenette_ipc50"].as_row()
+    numbers = [row[name] for name in ("parameters", "MFLOP_per_image", "MB_per_image-step", "full_unroll_GB")]
+    assert numbers == [615690, 1720, 50.3, 519]
 
 
 def test_arithmetic_of_a_convnet():
