@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.utils import logging
 
@@ -16,6 +16,7 @@ from hf_effml.distillation.class_activation import class_activation_map
 from hf_effml.distillation.edf import area_weights, constant_maps, for_map_network, map_class_ids
 from hf_effml.distillation.feature_layers import demanded_size, on_device
 from hf_effml.distillation.flat_student import seed_from
+from hf_effml.utils.files import write_safetensors
 
 from .trajectory_matching import TrajectoryMatchingTrainer
 from .trajectory_matching_arguments import TrajectoryMatchingTrainingArguments
@@ -219,7 +220,7 @@ class EDFTrainer(TrajectoryMatchingTrainer):
         """
         super().save_model(output_dir, _internal_call)
         if _internal_call and self.maps is not None and self.args.should_save and output_dir is not None:
-            save_file({"maps": self.maps.cpu().contiguous()}, Path(output_dir) / _MAPS_NAME)
+            write_safetensors(Path(output_dir) / _MAPS_NAME, {"maps": self.maps})
 
     def before_step(self) -> None:
         """Makes new maps when it is time."""

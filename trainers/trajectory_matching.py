@@ -25,6 +25,7 @@ from hf_effml.distillation.publishing.sets import save_distilled_dataset
 from hf_effml.distillation.unroll import StudentDerivatives
 from hf_effml.hub import push_folder, write_card
 from hf_effml.hub.privacy import scrub, scrub_command
+from hf_effml.utils.files import replacing_file
 from hf_effml.utils.imports import usable
 
 from .base import EffMLTrainer, _changed_arguments, _command_line
@@ -255,10 +256,10 @@ class TrajectoryMatchingTrainer(EffMLTrainer):
             `Path`: the file.
         """
         own: DistilledDatasetModel = self.accelerator.unwrap_model(self.model)
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        image_grid(own.images.detach().cpu(), self.processing_class, columns=own.config.images_per_class).save(path)
-        return path
+        grid = image_grid(own.images.detach().cpu(), self.processing_class, columns=own.config.images_per_class)
+        with replacing_file(path) as unfinished:
+            grid.save(unfinished, format="PNG")
+        return Path(path)
 
     def save_dataset(
         self,

@@ -12,7 +12,6 @@ from safetensors.torch import save_file
 from transformers import ResNetConfig
 
 from helpers import assert_close, pixels
-from hf_effml.distillation.bank import files
 from hf_effml.distillation.bank.files import expert_name, write_bank, write_expert
 from hf_effml.distillation.bank.trajectories import TrajectoryBank
 from hf_effml.distillation.configuration_convnet import ConvNetConfig
@@ -258,7 +257,7 @@ def test_a_killed_writer_leaves_the_old_file(tmp_path, monkeypatch):
         path.write_bytes(b"half of it")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(files, "save_file", cut_off)
+    monkeypatch.setattr("hf_effml.utils.files.save_file", cut_off)
     metadata = TrajectoryBank.from_pretrained(tmp_path).metadata
     with pytest.raises(KeyboardInterrupt):
         write_expert(tmp_path, 0, torch.zeros_like(rows[0]), metadata)

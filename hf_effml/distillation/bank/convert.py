@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from hf_effml.distillation.flat_student import FlatStudent, build_student, student_config
 from hf_effml.distillation.real_images import RealImageData
+from hf_effml.utils.files import replacing_file
 
 from .experts import describe_data, trainable_config
 from .files import write_bank, write_expert
@@ -160,13 +161,13 @@ def export_pickled_bank(bank: TrajectoryBank, folder: str | Path, experts_per_fi
             "that keep all epochs."
         )
     student = FlatStudent(build_student(bank.student_config))
-    Path(folder).mkdir(parents=True, exist_ok=True)
     paths = []
     for number, first in enumerate(range(0, len(bank), experts_per_file)):
         experts = [bank.read(e, bank.epochs) for e in range(first, min(first + experts_per_file, len(bank)))]
         content = [[list(student.split(row).values()) for row in rows] for rows in experts]
         paths.append(Path(folder) / f"replay_buffer_{number}.pt")
-        torch.save(content, paths[-1])
+        with replacing_file(paths[-1]) as unfinished:
+            torch.save(content, unfinished)
     return paths
 
 

@@ -2,14 +2,14 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+
+from hf_effml.utils.files import write_json, write_safetensors
 
 
 __all__ = [
@@ -134,10 +134,7 @@ def write_bank(folder: str | Path, metadata: Mapping[str, Any]) -> None:
         metadata (`Mapping`):
             The content, JSON-plain.
     """
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"format_version": FORMAT_VERSION, **metadata}, indent=1)
-    with _Replacing(Path(folder) / BANK_NAME) as path:
-        path.write_text(text + "\n", encoding="utf-8")
+    write_json(Path(folder) / BANK_NAME, {"format_version": FORMAT_VERSION, **metadata}, indent=1)
 
 
 def write_expert(
@@ -162,7 +159,7 @@ def write_expert(
             What was measured after its epochs.
     """
     header = {"bank": bank_fingerprint(metadata), "expert": expert, "history": history or []}
-    write_tensors(Path(folder) / expert_name(expert), {"trajectory": trajectory.contiguous()}, header)
+    write_tensors(Path(folder) / expert_name(expert), {"trajectory": trajectory}, header)
 
 
 def read_header(path: str | Path) -> dict[str, Any]:
@@ -191,25 +188,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]
             What else, JSON-plain.
     """
     # As one text: the order of several would change from run to run, and with it the file.
-    with _Replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={_HEADER: json.dumps(header)})
-
-
-class _Replacing:
-    """Gives the path of a temporary file that takes the place of `path` when all went well."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-
-    def __enter__(self) -> Path:
-        return self.temporary
-
-    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
-        if kind is None:
-            os.replace(self.temporary, self.path)
-        else:
-            self.temporary.unlink(missing_ok=True)
+    write_safetensors(path, tensors, {_HEADER: json.dumps(header)})
 
 
 def _differences(name: str, there: Any, here: Any) -> Iterator[tuple[str, Any, Any]]:

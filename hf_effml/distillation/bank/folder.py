@@ -6,6 +6,8 @@ from pathlib import Path
 from shutil import rmtree
 from typing import Any
 
+from hf_effml.utils.files import remove_leftovers
+
 from .files import BANK_NAME, different_settings, expert_name, read_bank, read_header, write_bank
 
 
@@ -77,9 +79,8 @@ class BankFolder:
                 path.unlink(missing_ok=True)
             rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True, exist_ok=True)
-        # Of processes that were killed while they wrote.
-        for path in [*self.path.glob(".*.tmp"), *unfinished.glob(".*.tmp")]:
-            path.unlink()
+        remove_leftovers(self.path)
+        remove_leftovers(unfinished)
         write_bank(self.path, self.metadata)
 
     def unfinished(self, expert: int) -> Path:
