@@ -24,7 +24,8 @@ from .matching import MatchingSettings, match_segment
 from .modeling_convnet import ConvNetForImageClassification
 from .modeling_distilled_dataset import DistilledDatasetModel
 from .pad import DataCurriculum
-from .publishing.sets import DistilledSet, load_distilled, save_distilled_dataset, to_dataset
+from .publishing.sets import DistilledSet, load_distilled, save_distilled_dataset
+from .publishing.tables import to_dataset
 from .real_images import RealImageData, RealImages, load_real_images
 
 

@@ -26,9 +26,11 @@ from hf_effml.distillation.card import add_evaluations
 from hf_effml.distillation.differentiable_augmentation import AugmentationSettings
 from hf_effml.distillation.evaluation.measure import evaluate_distilled
 from hf_effml.distillation.evaluation.training_sets import TrainingSet
+from hf_effml.distillation.publishing import sets
 from hf_effml.distillation.publishing.description import describe_distillation
 from hf_effml.distillation.publishing.run import DistillationRun
-from hf_effml.distillation.publishing.sets import INFO_NAME, check_distilled
+from hf_effml.distillation.publishing.sets import INFO_NAME
+from hf_effml.distillation.publishing.tables import check_distilled
 from hf_effml.distillation.real_images import RealImages
 from hf_effml.hub import check_folder, render_card, write_card
 
@@ -129,6 +131,34 @@ def test_what_lies_in_the_folder(folder):
     }
     assert "auto_map" not in (folder / "preprocessor_config.json").read_text()
     assert Image.open(folder / "images.png").width > 100
+
+
+def test_a_killed_writer_leaves_the_old_set(folder, processor, monkeypatch):
+    """And what somebody else put there, in either case."""
+    before = load_distilled(folder).training_set.images
+    (folder / "README.md").write_text("My own words.")
+    (folder / "notes").mkdir()
+    (folder / "notes" / "one.txt").write_text("one")
+    (folder.parent / f".{folder.name}.abcdefgh.unfinished").mkdir()
+    model = make_model(processor)
+    with monkeypatch.context() as patched:
+        patched.setattr(sets, "_digest", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            save_distilled_dataset(model, folder, processor)
+    assert torch.equal(load_distilled(folder).training_set.images, before)
+    save_distilled_dataset(model.set_content(model.images + 1, model.labels), folder, processor)
+    assert torch.equal(load_distilled(folder).training_set.images, model.images)
+    assert (folder / "README.md").read_text() == "My own words." and (
+        folder / "notes" / "one.txt"
+    ).read_text() == "one"
+    assert not list(folder.parent.glob(".*")) and not list(folder.glob(".*"))
+
+
+def test_the_folder_that_one_stands_in(processor, tmp_path, monkeypatch):
+    require_package("datasets")
+    monkeypatch.chdir(tmp_path)
+    save_distilled_dataset(make_model(processor), ".", processor)
+    assert Path.cwd() == tmp_path and load_distilled(".").label_names == NAMES
 
 
 def test_saving_again_leaves_nothing_old(folder, processor):

@@ -2,13 +2,14 @@
 
 import hashlib
 import json
+import os
+import shutil
 import tempfile
-from collections.abc import Mapping
-from importlib import import_module
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
 from torch import Tensor
@@ -19,17 +20,14 @@ from hf_effml.distillation.differentiable_augmentation import AugmentationSettin
 from hf_effml.distillation.evaluation.training_sets import TrainingSet, as_training_set
 from hf_effml.distillation.image_processing_zca import ZCA_WEIGHTS_NAME, ZCAImageProcessor
 from hf_effml.distillation.modeling_distilled_dataset import DistilledDatasetModel
-from hf_effml.utils.imports import require
+from hf_effml.utils.files import is_leftover, replacing_folder, write_json
 
-from .description import FORMAT_VERSION, describe_distillation, names_of_classes
-from .pictures import image_grid, map_grid, to_pictures
-
-
-if TYPE_CHECKING:
-    from datasets import Dataset
+from .description import FORMAT_VERSION, describe_distillation
+from .pictures import image_grid, map_grid
+from .tables import check_distilled, read_table, to_dataset
 
 
-__all__ = ["DistilledSet", "check_distilled", "load_distilled", "save_distilled_dataset", "to_dataset"]
+__all__ = ["DistilledSet", "load_distilled", "save_distilled_dataset"]
 
 logger = logging.get_logger(__name__)
 
@@ -61,96 +59,6 @@ class DistilledSet(NamedTuple):
     def label_names(self) -> list[str]:
         """Names of the classes, in the order of their numbers."""
         return list(self.info["classes"])
-
-
-def to_dataset(
-    model: DistilledDatasetModel, processor: ZCAImageProcessor | None = None, preview: bool = True
-) -> "Dataset":
-    """Makes a data set of a synthetic one, exact to the last bit.
-
-    Args:
-        model ([`DistilledDatasetModel`]):
-            The synthetic set.
-        processor ([`ZCAImageProcessor`], *optional*):
-            What preprocessed the real images; it turns the synthetic ones into pictures.
-        preview (`bool`, *optional*, defaults to `True`):
-            Whether to add those pictures. They are for looking at: bytes cannot hold what the images hold.
-
-    Returns:
-        `datasets.Dataset`: columns `image` (float32, what networks take), `preview`, `soft_label` (logits) and
-        `label`.
-
-    Raises:
-        ValueError: If a value is not finite.
-
-    Example:
-
-    ```python
-    >>> from hf_effml import DistilledDatasetConfig, DistilledDatasetModel, to_dataset
-
-    >>> model = DistilledDatasetModel(DistilledDatasetConfig(images_per_class=2, image_size=8))
-    >>> to_dataset(model).features["image"], to_dataset(model)["label"][:]
-    (Array3D(shape=(3, 8, 8), dtype='float32'), [0, 0, 1, 1])
-    ```
-    """
-    datasets = require("datasets")
-    names, found = names_of_classes(model), as_training_set(model)
-    check_distilled(found, names, model.config.images_per_class)
-    images, class_ids, soft_labels = (part.cpu() for part in found[:3] if part is not None)
-    features = {"image": datasets.Array3D(tuple(images.shape[1:]), "float32")}
-    columns: dict[str, Any] = {"image": images.numpy()}
-    if preview:
-        features["preview"] = datasets.Image()
-        columns["preview"] = to_pictures(images, processor)
-    features["soft_label"] = datasets.List(datasets.Value("float32"), length=len(names))
-    features["label"] = datasets.ClassLabel(names=names)
-    columns |= {"soft_label": soft_labels.numpy(), "label": class_ids.numpy()}
-    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
-
-
-def check_distilled(training_set: TrainingSet, label_names: list[str], images_per_class: int) -> None:
-    """Checks that a set can be published, or used when it comes from elsewhere.
-
-    Args:
-        training_set ([`TrainingSet`]):
-            Images and labels.
-        label_names (`list[str]`):
-            Names of the classes.
-        images_per_class (`int`):
-            How many images every class is to have.
-
-    Raises:
-        ValueError: If a value is not finite, a shape does not fit or a class has more or fewer images.
-    """
-    images, class_ids, soft_labels, learning_rate, _ = training_set
-    if images.dim() != 4 or images.dtype != torch.float32:
-        raise ValueError(
-            "Images of a set must be float32 of shape (images, channels, height, width); got "
-            f"{images.dtype} of shape {tuple(images.shape)}."
-        )
-    wanted = (len(images), len(label_names))
-    if soft_labels is None or tuple(soft_labels.shape) != wanted:
-        given = "none" if soft_labels is None else tuple(soft_labels.shape)
-        raise ValueError(f"Soft labels of a set must be logits of shape {wanted}, one per class; got {given}.")
-    for name, values in (("images", images), ("soft labels", soft_labels)):
-        bad = int((~values.isfinite()).flatten(1).any(1).sum())
-        if bad:
-            raise ValueError(
-                f"The {name} of {bad} of {len(images)} images hold values that are not finite: the distillation has "
-                "failed. Take an earlier checkpoint and lower its learning rates."
-            )
-    if not 0 < learning_rate < float("inf"):
-        raise ValueError(
-            f"The step size of a set must be positive and finite; got {learning_rate}. Take an earlier checkpoint and "
-            "lower `lr_lr`."
-        )
-    counts = torch.bincount(class_ids, minlength=len(label_names)).tolist()
-    wrong = [f"{count} of class {number}" for number, count in enumerate(counts) if count != images_per_class]
-    if len(counts) > len(label_names) or wrong:
-        raise ValueError(
-            f"Every one of the {len(label_names)} classes must have {images_per_class} image(s), as the set's "
-            f"configuration says; there are {', '.join(wrong[:5])}."
-        )
 
 
 def save_distilled_dataset(
@@ -200,19 +108,17 @@ def save_distilled_dataset(
     _check_processor(model.config.preprocessing, processor)
     described = describe_distillation(model) if info is None else dict(info)
     table = to_dataset(model, processor)
-    for name in (INFO_NAME, MAPS_NAME, _PROCESSOR_NAME, ZCA_WEIGHTS_NAME):
-        (folder / name).unlink(missing_ok=True)
-    (folder / DATA_NAME).parent.mkdir(parents=True, exist_ok=True)
-    table.to_parquet(folder / DATA_NAME)
-    files = [DATA_NAME, *_save_processor(processor, folder)]
-    images, columns = model.images.detach().cpu(), model.config.images_per_class
-    image_grid(images, processor, columns).save(folder / PICTURE_NAME)
-    if maps is not None:
-        map_grid(images, maps, processor, columns).save(folder / MAPS_NAME)
-    described["files"] = {name: _digest(folder / name) for name in files}
-    # Last, because a folder without it is no set.
-    text = json.dumps(described, indent=2, ensure_ascii=False)
-    (folder / INFO_NAME).write_text(text + "\n", encoding="utf-8")
+    with _replacing(folder.resolve()) as new:
+        (new / DATA_NAME).parent.mkdir(parents=True, exist_ok=True)
+        table.to_parquet(new / DATA_NAME)
+        files = [DATA_NAME, *_save_processor(processor, new)]
+        images, columns = model.images.detach().cpu(), model.config.images_per_class
+        image_grid(images, processor, columns).save(new / PICTURE_NAME)
+        if maps is not None:
+            map_grid(images, maps, processor, columns).save(new / MAPS_NAME)
+        described["files"] = {name: _digest(new / name) for name in files}
+        # Last, because a folder without it is no set.
+        write_json(new / INFO_NAME, described)
     return folder
 
 
@@ -282,21 +188,12 @@ def _read_folder(folder: Path) -> DistilledSet:
                 f"`{folder / name}` is missing or not the file that `{INFO_NAME}` describes: the set is damaged, or "
                 "was changed by hand. Load or save it again."
             )
-    images, class_ids, soft_labels = _read_table(folder / DATA_NAME)
+    images, class_ids, soft_labels = read_table(folder / DATA_NAME)
     augmentation = AugmentationSettings(**info["protocol"]["augmentation"])
     found = TrainingSet(images, class_ids, soft_labels, info["learning_rate"], augmentation)
     check_distilled(found, info["classes"], info["images_per_class"])
     has_processor = _PROCESSOR_NAME in info["files"]
     return DistilledSet(found, info, ZCAImageProcessor.from_pretrained(folder) if has_processor else None)
-
-
-def _read_table(path: Path) -> tuple[Tensor, Tensor, Tensor]:
-    datasets = require("datasets")
-    # It comes with datasets; used by itself, it copies nothing into a cache.
-    read_table = import_module("pyarrow.parquet").read_table
-    table = datasets.Dataset(read_table(path, columns=["image", "label", "soft_label"])).with_format("numpy")[:]
-    images, class_ids, soft_labels = (torch.tensor(table[name]) for name in ("image", "label", "soft_label"))
-    return images, class_ids, soft_labels
 
 
 def _load_model(name: str, revision: str | None, token: str | bool | None) -> DistilledSet:
@@ -341,6 +238,37 @@ def _check_processor(preprocessing: str | None, processor: ZCAImageProcessor | N
         )
 
 
+@contextmanager
+def _replacing(folder: Path) -> Iterator[Path]:
+    """Lends a folder for a set that takes the place of the old one as a whole; what else lies there comes along."""
+    own = {INFO_NAME, MAPS_NAME, PICTURE_NAME, _PROCESSOR_NAME, ZCA_WEIGHTS_NAME, DATA_NAME}
+    if folder.is_mount() or folder in (Path.cwd(), *Path.cwd().parents):
+        # It cannot be renamed, or nobody would stand in it any more.
+        for name in own:
+            (folder / name).unlink(missing_ok=True)
+        yield folder
+        return
+
+    def skipped(parent: str, names: list[str]) -> list[str]:
+        place = Path(parent).relative_to(folder)
+        return [name for name in names if is_leftover(name) or (place / name).as_posix() in own]
+
+    with replacing_folder(folder) as new:
+        if folder.is_dir():
+            shutil.copytree(folder, new, symlinks=True, ignore=skipped, copy_function=_link, dirs_exist_ok=True)
+        yield new
+    for path in folder.parent.glob(f".{folder.name}.*"):
+        if is_leftover(path.name):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, target)
+
+
 def _save_processor(processor: ZCAImageProcessor | None, folder: Path) -> list[str]:
     """Settings and matrices without the code that a model's folder carries: data sets on the Hub hold no programs."""
     if processor is None:
@@ -349,11 +277,11 @@ def _save_processor(processor: ZCAImageProcessor | None, folder: Path) -> list[s
         processor.save_pretrained(scratch)
         settings = json.loads(Path(scratch, _PROCESSOR_NAME).read_text(encoding="utf-8"))
         settings.pop("auto_map", None)
-        (folder / _PROCESSOR_NAME).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / _PROCESSOR_NAME, settings)
         matrices = Path(scratch, ZCA_WEIGHTS_NAME)
         if not matrices.exists():
             return [_PROCESSOR_NAME]
-        (folder / ZCA_WEIGHTS_NAME).write_bytes(matrices.read_bytes())
+        shutil.copyfile(matrices, folder / ZCA_WEIGHTS_NAME)
     return [_PROCESSOR_NAME, ZCA_WEIGHTS_NAME]
 
 
