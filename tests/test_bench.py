@@ -9,7 +9,7 @@ from torch import nn
 
 from hf_effml import VimConfig, VimForImageClassification
 from hf_effml.scripts import bench_dyvm, bench_rmeeto, bench_token_router, bench_vim
-from hf_effml.token_router import token_skip_layer
+from hf_effml.token_router import benchmarks, token_skip_layer
 from hf_effml.utils import benchmark
 from hf_effml.utils.benchmark import (
     Timing,
@@ -238,12 +238,12 @@ def test_bench_token_router_writes_table_and_json(tmp_path, capsys):
     assert json.loads((tmp_path / "bench_token_router.json").read_text()) == results
     assert (tmp_path / "bench_token_router.md").read_text().strip() in capsys.readouterr().out
     rows = {row["model"]: row for row in results["prompts"]}
-    learned = set(bench_token_router.LEARNED.values())
-    assert set(rows) >= {bench_token_router.PLAIN, bench_token_router.ZERO, bench_token_router.GATE, *learned}
+    learned = set(benchmarks.LEARNED.values())
+    assert set(rows) >= {benchmarks.PLAIN, benchmarks.ZERO, benchmarks.GATE, *learned}
     for name in learned:
         # Six of eight blocks keep 23 of 48 tokens each.
-        assert rows[name]["kv"] == f"{(2 * 48 + 6 * 23) / (8 * 48):.1%}"
-    assert rows[bench_token_router.KEEP]["kv"] == "100.0%" and rows[bench_token_router.SHORTGPT]["kv"] == "62.5%"
+        assert rows[name]["kv"] == pytest.approx((2 * 48 + 6 * 23) / (8 * 48))
+    assert rows[benchmarks.KEEP]["kv"] == 1 and rows[benchmarks.SHORTGPT]["kv"] == 0.625
     assert all(row["ms"] > 0 for row in [*results["prompts"], *results["decoding"]])
     assert {row["batch"] for row in results["choosing"]} == {2}
 
@@ -262,9 +262,9 @@ def test_bench_token_router_refuses_wrong_skipping(tmp_path, monkeypatch):
 
 def test_skipping_for_free_takes_as_many_tokens():
     args = bench_token_router.BenchArguments(tokens=40, hidden_size=64, num_hidden_layers=8)
-    model = bench_token_router._model(args)
+    model = bench_token_router.make_model(args)
     prompt = torch.arange(40).unsqueeze(0)
-    config = bench_token_router._config(model, 0.0)
+    config = benchmarks._config(model, 0.0)
     with torch.inference_mode():
-        free = bench_token_router._for_free(model, prompt, config)
+        free = benchmarks._for_free(model, prompt, config)
         torch.testing.assert_close(free, model(prompt).logits[:, -1:], rtol=1e-4, atol=1e-4)

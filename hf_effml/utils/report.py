@@ -1,6 +1,7 @@
 """The one road of a number: rows by name, the facts of the run and notes, as a table, Markdown, JSON and card rows."""
 
 import statistics
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,9 @@ from .files import write_json, write_text
 
 
 __all__ = ["CardResult", "Column", "Report", "markdown_table"]
+
+_ABSENT = object()
+_WIDTH = 119
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class Column:
 
     Args:
         title (`str`):
-            Head of its column.
+            Head of its column; with `""` the quantity is on the card only.
         format (`str`, *optional*, defaults to `".4g"`):
             Format of a number, as after the colon of an f-string.
         unit (`str`, *optional*, defaults to `""`):
@@ -122,7 +126,8 @@ class Report:
         name (`str`):
             Name of its files, and of its rows in the JSON of a larger report.
         columns (`Mapping[str, Column]`, *optional*, defaults to `{}`):
-            Which quantities tables show, and how. All are shown, under their own names, where none are declared.
+            Which quantities tables show, and how; `"accuracy.digits"` is an entry of a quantity that is a mapping.
+            All are shown, under their own names, where none are declared.
         title (`str`, *optional*, defaults to `""`):
             Heading.
         facts (`dict[str, Any]`, *optional*):
@@ -194,7 +199,11 @@ class Report:
             `str`: without a line break at the end.
         """
         return "\n\n".join(
-            [*self._texts(), *(text for part in self.parts for text in part._texts()), *self.notes, *self._of_run()]
+            [
+                *self._texts(),
+                *(text for part in self.parts for text in [*part._texts(), *map(_wrapped, part.notes)]),
+                *map(_wrapped, [*self.notes, *self._of_run()]),
+            ]
         )
 
     def as_markdown(self) -> str:
@@ -262,15 +271,15 @@ class Report:
         """Heads and cells, the names of the rows first."""
         keys = dict.fromkeys(key for values in self.rows.values() for key in values)
         columns = self.columns or {key: Column(key.replace("_", " ")) for key in keys}
-        columns = {key: column for key, column in columns.items() if key in keys}
-        first = next(iter(self.rows.values()), {})
+        rows = [{key: _find(values, key) for key in columns} for values in self.rows.values()]
+        columns = {k: c for k, c in columns.items() if c.title and any(row[k] is not _ABSENT for row in rows)}
         cells = [
             [name]
             + [
-                column.show(values[key], None if values is first else first.get(key)) if key in values else ""
+                "" if row[key] is _ABSENT else column.show(row[key], None if row is rows[0] else rows[0][key])
                 for key, column in columns.items()
             ]
-            for name, values in self.rows.items()
+            for name, row in zip(self.rows, rows, strict=True)
         ]
         return ["", *(column.title for column in columns.values())], cells
 
@@ -319,12 +328,23 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, _WIDTH, break_on_hyphens=False)
+
+
 def _cell(value: Any) -> str:
     if value is None:
         return "-"
     if _is_number(value):
         return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
     return str(value).replace("|", r"\|")
+
+
+def _find(values: Mapping[str, Any], key: str) -> Any:
+    name, _, rest = key.partition(".")
+    if name not in values:
+        return _ABSENT
+    return _find(values[name], rest) if rest else values[name]
 
 
 def _is_number(value: Any) -> bool:

@@ -10,8 +10,9 @@ from helpers import require_package, tiny_language_model, tiny_tokenizer
 from hf_effml import TokenRouterConfig, TokenRouterModel
 from hf_effml.cli.parsing import run_script
 from hf_effml.hub import CardResult, write_card
-from hf_effml.scripts import evaluate_token_router
-from hf_effml.scripts.evaluate_token_router import ROWS, Variant, main
+from hf_effml.scripts.evaluate_token_router import main
+from hf_effml.token_router import comparison
+from hf_effml.token_router.comparison import VARIANTS, RoutingVariant
 
 
 SMALL = ["--limit", "3", "--prompt_length", "24", "--continuation_length", "8", "--rounds", "1", "--batch_size", "2"]
@@ -51,7 +52,7 @@ def questions(tmp_path):
 
 
 def test_all_rows_of_a_plain_model(base, capsys):
-    options = ["--target_sparsity", "0.3", "--min_tokens", "0", "--rows", *ROWS]
+    options = ["--target_sparsity", "0.3", "--min_tokens", "0", "--rows", *VARIANTS]
     results = main([str(base), *options, *SMALL])
     assert json.loads(json.dumps(results)) == results
     rows = {row["name"]: row for row in results["rows"]}
@@ -129,17 +130,16 @@ def test_short_questions_that_run_dense_are_mentioned(base, questions, capsys):
 )
 def test_rows_that_settings_rule_out_are_left_out(fields, missing):
     config = TokenRouterConfig(**FIELDS, router_type="static", **fields)
-    assert set(ROWS) - set(evaluate_token_router._possible_rows(config)) == missing | {"block_pruner"}
+    assert set(VARIANTS) - set(comparison.possible_variants(config)) == missing | {"block_pruner"}
 
 
 def test_work_without_attentions_and_mlps(base):
-    args = evaluate_token_router.EvaluateArguments(str(base), target_sparsity=0.3)
-    model, _, _, trained = evaluate_token_router._load(args)
+    model, _, _, trained = comparison.load_with_router(str(base), target_sparsity=0.3)
     prompt = torch.arange(24)[None]
     assert not trained
 
     def removed(attentions, mlps):
-        return evaluate_token_router._removed(model, Variant("", model, attentions=attentions, mlps=mlps), prompt)
+        return comparison._removed(model, RoutingVariant("", model, attentions=attentions, mlps=mlps), prompt)
 
     # A whole block in two halves, of different blocks.
     assert removed([0, 1], [2, 3]) == pytest.approx((0.5, 0.5, 0.5))
