@@ -3,7 +3,6 @@
 Example: `python scripts/experiment_token_router.py --recipe stories --output_dir experiments`
 """
 
-import statistics
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -24,10 +23,11 @@ from hf_effml import (
     shortgpt_blocks,
 )
 from hf_effml.cli.parsing import parse_arguments, run_script
-from hf_effml.scripts._start_language_model import load_language_model
 from hf_effml.token_router.continuations import continuation_logits
 from hf_effml.token_router.patching import copy_config
-from hf_effml.utils.benchmark import describe_run, markdown_table, write_report
+from hf_effml.utils.benchmark import describe_run
+from hf_effml.utils.language_models import load_language_model
+from hf_effml.utils.report import Column, Report
 from hf_effml.utils.text_data import load_text, make_windows
 
 
@@ -57,6 +57,14 @@ class ExperimentArguments:
 
 DENSE, RANDOM, STATIC, SEARCHED = "dense", "random tokens", "static", "static, searched schedule"
 STATIC_KEPT, SHORTGPT = "static, K/V kept", "ShortGPT, blocks removed"
+_COLUMNS = {
+    "cross_entropy": Column("cross-entropy", ".4f"),
+    "kl": Column("KL", ".5f"),
+    "prompt_cross_entropy": Column("prompt cross-entropy", ".3f"),
+    "sparsity": Column("sparsity", ".4f"),
+}
+# Cross-entropy that the static rule may add, by sparsity.
+_LIMITS = {0.22: 0.010, 0.4: 0.020}
 # What is trained: changes of the configuration and of the training arguments.
 TRAINED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "one-pass, trained": ({}, {}),
@@ -64,31 +72,26 @@ TRAINED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "one-pass, trained on all tokens": ({}, {"continuation_share": 0.0}),
     "one-pass, trained, by threshold": ({"selection": "threshold"}, {}),
 }
+_WAYS = (DENSE, RANDOM, STATIC, STATIC_KEPT, SEARCHED, SHORTGPT, *TRAINED)
 
 
 def main(argv: list[str] | None = None) -> dict[str, object]:
     """Runs the program with the arguments `argv` (the command line's when None) and returns its results."""
-    (args,) = parse_arguments(
-        ExperimentArguments,
-        argv=argv,
-        program=__file__,
-        description=__doc__,
-    )
+    (args,) = parse_arguments(ExperimentArguments, argv=argv, program=__file__, description=__doc__)
     torch.set_num_threads(1)
-    found: dict[tuple[float, str], list[dict[str, Any]]] = {}
+    report = Report(args.name, _COLUMNS)
+    settings = {name: value for name, value in vars(args).items() if name != "output_dir"}
     for seed in args.seeds:
         for sparsity in args.sparsities:
             for way, measured in _run(args, sparsity, seed):
-                found.setdefault((sparsity, way), []).append(measured)
+                report.add_seed(f"{sparsity:g}, {way}", **measured)
                 print(f"seed {seed}, {sparsity:g}, {way}: KL {measured['kl']:.5f}", flush=True)
         # Written after every seed: what is done is not lost.
-        rows = [_row(key, values) for key, values in found.items()]
-        gates = _gates(found)
-        settings = {name: value for name, value in vars(args).items() if name != "output_dir"}
-        run = {"arguments": settings, "run": describe_run(seed=seed, rounds=1), "rows": rows, "gates": gates}
-        report = write_report(args.output_dir, args.name, run, [markdown_table(rows), markdown_table(gates)])
-    print(f"\n{report.read_text(encoding='utf-8')}\nWrote {report} and {report.with_suffix('.json').name}.")
-    return {"rows": rows, "gates": gates}
+        report.facts = {"arguments": settings, "run": describe_run(seed=seed, rounds=1)}
+        report.parts = [_gates(report, args.sparsities)]
+        path = report.save(args.output_dir)
+    print(f"\n{report.as_markdown()}\n\nWrote {path} and {path.with_suffix('.json').name}.")
+    return report.as_dict()
 
 
 def _run(args: ExperimentArguments, sparsity: float, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -159,53 +162,32 @@ def _train(model: TokenRouterModel, windows: Any, args: ExperimentArguments, see
     TokenRouterTrainer(model, arguments, train_dataset=[{"input_ids": window} for window in windows]).train()
 
 
-def _row(key: tuple[float, str], values: list[dict[str, Any]]) -> dict[str, Any]:
-    """Means and spreads over the seeds."""
-    sparsity, way = key
-    row: dict[str, Any] = {"asked": sparsity, "way": way}
-    for name, digits in (("cross_entropy", 4), ("kl", 5), ("prompt_cross_entropy", 3), ("sparsity", 4)):
-        numbers = [value[name] for value in values]
-        spread = statistics.stdev(numbers) if len(numbers) > 1 else 0.0
-        row[name] = f"{statistics.mean(numbers):.{digits}f}" + (f" ± {spread:.{digits}f}" if spread else "")
-    return row
-
-
-def _gates(found: dict[tuple[float, str], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+def _gates(report: Report, sparsities: list[float]) -> Report:
     """What the method has to show, beside what it showed: the worst of the seeds."""
-    rows = []
-    limits = {0.22: 0.010, 0.4: 0.020}
-    for sparsity in sorted({sparsity for sparsity, _ in found}):
-        kl = {way: [value["kl"] for value in values] for (share, way), values in found.items() if share == sparsity}
-        loss = {
-            way: [value["cross_entropy"] for value in values]
-            for (share, way), values in found.items()
-            if share == sparsity
+    part = Report("gates", title="What it has to show")
+    for sparsity in sparsities:
+        rows = {way: report.rows[f"{sparsity:g}, {way}"] for way in _WAYS}
+        added = {
+            way: [own - dense for own, dense in zip(row["cross_entropy"], rows[DENSE]["cross_entropy"], strict=True)]
+            for way, row in rows.items()
         }
-        delta = {
-            way: [own - dense for own, dense in zip(losses, loss[DENSE], strict=True)] for way, losses in loss.items()
-        }
-        static = delta[STATIC]
-        achieved = [abs(value["sparsity"] - sparsity) for value in found[sparsity, "one-pass, trained"]]
+        kl = {way: row["kl"] for way, row in rows.items()}
+        off = [abs(share - sparsity) for share in rows["one-pass, trained"]["sparsity"]]
         checks = [
-            ("cross-entropy that the static rule adds", max(static), "at most", limits.get(sparsity)),
-            ("random over static", min(r / s for r, s in zip(delta[RANDOM], static, strict=True)), "at least", 5.0),
-            (
-                "ShortGPT over static",
-                min(r / s for r, s in zip(delta[SHORTGPT], static, strict=True)),
-                "at least",
-                20.0,
-            ),
+            ("cross-entropy that the static rule adds", max(added[STATIC]), "at most", _LIMITS.get(sparsity)),
+            ("random over static", -_worst([-x for x in added[RANDOM]], added[STATIC]), "at least", 5.0),
+            ("ShortGPT over static", -_worst([-x for x in added[SHORTGPT]], added[STATIC]), "at least", 20.0),
             ("KL, K/V kept over dropped", _worst(kl[STATIC_KEPT], kl[STATIC]), "at most", 1.0),
             ("KL, one-pass over static", _worst(kl["one-pass, trained"], kl[STATIC]), "at most", 1.5),
             ("KL, dynamic over static", _worst(kl["dynamic, trained"], kl[STATIC]), "at most", 1.5),
-            ("distance from the sparsity asked for", max(achieved), "at most", 0.01),
+            ("distance from the sparsity asked for", max(off), "at most", 0.01),
         ]
         for what, value, side, limit in checks:
             if limit is not None:
                 holds = value <= limit if side == "at most" else value >= limit
-                rows.append({"asked": sparsity, "what": what, "worst seed": round(value, 4)})
-                rows[-1] |= {"gate": f"{side} {limit:g}", "holds": "yes" if holds else "no"}
-    return rows
+                row = {"worst_seed": round(value, 4), "gate": f"{side} {limit:g}", "holds": "yes" if holds else "no"}
+                part.add(f"{sparsity:g}, {what}", **row)
+    return part
 
 
 def _worst(own: list[float], other: list[float]) -> float:

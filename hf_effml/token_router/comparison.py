@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ __all__ = [
     "load_with_router",
     "make_variants",
     "possible_variants",
+    "score_router",
 ]
 
 VARIANTS = {
@@ -241,6 +242,49 @@ def compare_routing(
             else None,
         )
     report.notes += _notes(report, variants, windows.shape[1] - prompt_length, prompt_length, batch_size)
+    return report
+
+
+def score_router(model: TokenRouterModel, windows: Tensor, prompt_length: int, batch_size: int = 8) -> Report:
+    """Scores a trained router beside the dense model, random tokens and the static rule, without measuring time.
+
+    Args:
+        model ([`TokenRouterModel`]):
+            The model, in evaluation mode.
+        windows (`Tensor` of shape `(windows, tokens)`):
+            Texts that it has not seen.
+        prompt_length (`int`):
+            Tokens of each that are its prompt.
+        batch_size (`int`, *optional*, defaults to 8):
+            Texts at a time.
+
+    Returns:
+        [`~hf_effml.utils.report.Report`]: a row for each, with the fields of [`ContinuationScores`].
+    """
+    nothing = {"target_sparsity": 0.0, "sparsity_schedule": [0.0] * len(model.config.schedule)}
+    ways: dict[str, dict[str, Any]] = {
+        "dense": nothing,
+        "random tokens": {"router_type": "random", "selection": "budget"},
+        "first and newest tokens": {"router_type": "static", "selection": "budget"},
+        "trained router": {},
+    }
+    report = Report(
+        "train_token_router",
+        {
+            "cross_entropy": Column(
+                "cross-entropy", ".4f", change="difference", card="Cross-entropy of continuations"
+            ),
+            "kl": Column("KL to dense", ".5f", card="KL divergence from the dense model"),
+            "sparsity": Column("skipped", ".1%", card="Share of the prompt's tokens that skip a block"),
+            "flop_ratio": Column("work", ".1%", card="Work of the blocks on the prompt"),
+            "kv_ratio": Column("cache", ".1%", card="Keys and values of the prompt"),
+        },
+        notes=[f"Prompts of {prompt_length} tokens are routed, what follows them is scored."],
+    )
+    for name, changes in ways.items():
+        config = copy_config(model.config, **changes)
+        scores = score_continuations(model, windows, prompt_length, batch_size=batch_size, token_router_config=config)
+        report.add(name, **asdict(scores), kv_ratio=scores.kv_ratio)
     return report
 
 

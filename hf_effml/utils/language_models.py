@@ -18,8 +18,10 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_effml.utils.text_data import make_windows
+from .text_data import make_windows
 
+
+__all__ = ["load_language_model", "train_language_model"]
 
 _START, _PAD = "<s>", "<pad>"
 _VOCABULARY, _WINDOW = 512, 256
@@ -61,7 +63,15 @@ def train_language_model(texts: Sequence[str], folder: str | Path, steps: int, s
 
     Returns:
         `str`: the folder.
+
+    Raises:
+        ValueError: If there are no steps.
     """
+    if steps < 1:
+        raise ValueError(
+            "There is no language model to start from. Give one with `--model_name_or_path FOLDER`, or train a tiny "
+            "one with `--start_steps 200`."
+        )
     folder = Path(folder)
     # The tokenizer is saved last.
     if (folder / "tokenizer_config.json").exists():

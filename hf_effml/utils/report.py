@@ -174,6 +174,19 @@ class Report:
         """
         self.rows[name] = values
 
+    def add_seed(self, name: str, /, **values: Any) -> None:
+        """Adds what one more seed measured to a row: its numbers become lists, one entry per seed.
+
+        Args:
+            name (`str`):
+                What was measured.
+            values (`dict`):
+                Its quantities, the same for every seed.
+        """
+        row = self.rows.setdefault(name, {})
+        for key, value in values.items():
+            row.setdefault(key, []).append(value)
+
     def add_part(self, name: str, columns: Mapping[str, Column] | None = None, title: str = "") -> "Report":
         """Adds a table of its own.
 

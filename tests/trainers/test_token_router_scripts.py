@@ -12,6 +12,7 @@ from helpers import require_package
 from hf_effml import TokenRouterModel
 from hf_effml.hub import check_folder
 from hf_effml.scripts import experiment_token_router, train_token_router
+from hf_effml.utils.text_examples import LeftPaddingCollator
 
 
 SMALL = [
@@ -37,7 +38,7 @@ def trained(tmp_path_factory):
 def test_train_writes_a_router_that_loads(trained):
     folder, results = trained
     assert results["steps"] == 3
-    rows = results["rows"]
+    rows = {row["name"]: row for row in results["rows"]}
     assert list(rows) == ["dense", "random tokens", "first and newest tokens", "trained router"]
     assert rows["dense"]["kl"] == 0 == rows["dense"]["sparsity"]
     for name in list(rows)[1:]:
@@ -76,9 +77,9 @@ def test_the_start_model_is_used_again(trained, monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError("trained again")
 
-    monkeypatch.setattr("hf_effml.scripts._start_language_model.Trainer", never)
+    monkeypatch.setattr("hf_effml.utils.language_models.Trainer", never)
     argv = ["--start_steps=2", f"--output_dir={folder}", "--target_sparsity=0.4", *SMALL]
-    assert train_token_router.main(argv)["rows"]["dense"] == results["rows"]["dense"]
+    assert train_token_router.main(argv)["rows"][0] == results["rows"][0]
 
 
 def test_texts_with_a_completion(trained, tmp_path, monkeypatch):
@@ -89,19 +90,16 @@ def test_texts_with_a_completion(trained, tmp_path, monkeypatch):
     argv = [f"--model_name_or_path={folder / 'start'}", f"--data={tmp_path / 'train.parquet'}", "--eval_data=pydoc"]
     argv += [f"--output_dir={tmp_path / 'out'}", "--completion_marker=### Response:", *SMALL]
     assert train_token_router.main(argv)["steps"] == 3
-    with pytest.raises(ValueError, match="No text of .* has `completion_marker` 'Answer:'"):
+    with pytest.raises(ValueError, match="No text has `completion_marker` 'Answer:'"):
         train_token_router.main([*argv, "--completion_marker=Answer:"])
 
 
 def test_padding_of_completions():
-    class Tokenizer:
-        pad_token_id = 9
-
     rows = [
         {"input_ids": [1, 2, 3], "completion_mask": [0, 0, 1]},
         {"input_ids": [4, 5], "completion_mask": [0, 1]},
     ]
-    batch = train_token_router._collator(Tokenizer())(rows)
+    batch = LeftPaddingCollator(9)(rows)
     assert batch["input_ids"].tolist() == [[1, 2, 3], [9, 4, 5]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [0, 1, 1]]
     assert batch["completion_mask"].tolist() == [[0, 0, 1], [0, 0, 1]]
@@ -114,8 +112,9 @@ def test_experiment_runs(trained, tmp_path):
     argv += ["--seeds=0", "--sparsities=0.4", "--prompt_length=72", "--continuation_length=24", "--eval_windows=4"]
     results = experiment_token_router.main([*argv, "--search_windows=2", "--generations=1", "--steps=2"])
     torch.set_num_threads(threads)
-    ways = {row["way"] for row in results["rows"]}
-    assert ways >= {"dense", "random tokens", "static", "one-pass, trained", "ShortGPT, blocks removed"}
+    ways = {row["name"] for row in results["rows"]}
+    wanted = {"dense", "random tokens", "static", "one-pass, trained", "ShortGPT, blocks removed"}
+    assert ways >= {f"0.4, {way}" for way in wanted}
     assert {gate["holds"] for gate in results["gates"]} <= {"yes", "no"} and len(results["gates"]) == 7
     assert json.loads((tmp_path / "try.json").read_text())["rows"] == results["rows"]
 
