@@ -26,6 +26,7 @@ from hf_effml.distillation.flat_student import build_student, seed_from
 from hf_effml.distillation.gsam import GSAM
 from hf_effml.distillation.pad import DataCurriculum
 from hf_effml.distillation.real_images import RealImageData, RealImages
+from hf_effml.hub import write_card
 
 
 __all__ = ["ExpertTrainer", "ExpertTrainingArguments"]
@@ -266,6 +267,8 @@ class ExpertTrainer:
             for number in mine:
                 self._train_one(number, train, parts, bar)
         self.folder.finish()
+        if self.state.is_main_process:
+            write_card(self.args.output_dir)
         return TrajectoryBank.from_pretrained(self.args.output_dir)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> CommitInfo:

@@ -1,4 +1,4 @@
-"""Folders of distilled data on the Hub: a published set, and the model that a set is trained as."""
+"""Folders of distilled data on the Hub: a published set, the model that a set is trained as, and a bank of experts."""
 
 from collections.abc import Mapping, Sequence
 from hashlib import file_digest
@@ -15,6 +15,7 @@ from hf_effml.methods import Method, get_papers
 from hf_effml.utils.files import write_json
 from hf_effml.utils.report import markdown_table
 
+from .bank.card import TrajectoryBankFolder
 from .publishing.evaluations import evaluations_section, merge_evaluations
 from .publishing.sets import INFO_NAME
 
@@ -203,7 +204,7 @@ class DistilledModelFolder(ModelFolder):
         ]
 
 
-KINDS = (DistilledSetFolder, DistilledModelFolder)
+KINDS = (DistilledSetFolder, DistilledModelFolder, TrajectoryBankFolder)
 
 _SNIPPET = """import json
 from pathlib import Path

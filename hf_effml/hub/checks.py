@@ -102,7 +102,7 @@ def files_to_push(folder: Path) -> list[str]:
         links = [name for name in folders if Path(path, name).is_symlink()]
         names += [Path(path, name).relative_to(folder).as_posix() for name in [*files, *links]]
     names = [name for name in sorted(names) if not name.startswith((".git/", ".cache/"))]
-    return list(filter_repo_objects(names, ignore_patterns=LEFT_OUT))
+    return list(filter_repo_objects(names, ignore_patterns=[*LEFT_OUT, *kind_of(folder).left_out]))
 
 
 def _remarks_on_file(folder: Path, name: str) -> Iterator[str]:

@@ -19,7 +19,8 @@ class FolderKind:
     """A kind of folder that goes to the Hub. Subjects describe theirs in `card.py`, listed there as `KINDS`.
 
     A kind costs a subclass and a template. Its class attributes say what it is: `noun` names it in messages,
-    `repo_type` is where it goes, `template` the file in `hub_cards/`, `written_by` the call that writes such a folder.
+    `repo_type` is where it goes, `template` the file in `hub_cards/`, `written_by` the call that writes such a folder,
+    `left_out` patterns of files that stay here.
 
     Args:
         folder (`Path`):
@@ -30,6 +31,7 @@ class FolderKind:
     repo_type: ClassVar[str] = "model"
     template: ClassVar[str]
     written_by: ClassVar[str] = "save_pretrained"
+    left_out: ClassVar[Sequence[str]] = ()
 
     def __init__(self, folder: Path):
         self.folder = folder

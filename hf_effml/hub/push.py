@@ -61,7 +61,7 @@ def push_folder(
     """
     check_folder(folder)
     api = HfApi(token=token)
-    kind = kind_of(folder).repo_type
+    kind, left_out = kind_of(folder).repo_type, kind_of(folder).left_out
     repo_id = api.create_repo(repo_id, repo_type=kind, private=private, exist_ok=True).repo_id
     if revision is not None and not revision.startswith("refs/"):
         api.create_branch(repo_id, repo_type=kind, branch=revision, exist_ok=True)
@@ -75,5 +75,5 @@ def push_folder(
         commit_message=commit_message or f"Upload {repo_id.split('/')[-1]} with hf_effml",
         revision=revision,
         create_pr=create_pr,
-        ignore_patterns=LEFT_OUT,
+        ignore_patterns=[*LEFT_OUT, *left_out],
     )

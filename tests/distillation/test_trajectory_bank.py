@@ -319,7 +319,7 @@ def test_over_the_hub(tmp_path, client):  # noqa: F811
     wanted = {"bank.json", expert_name(0), expert_name(1), "README.md", "preprocessor_config.json", "zca.safetensors"}
     assert wanted <= files[0].keys() and "unfinished/notes.txt" not in files[0]
     card = client.hub.blobs[files[0]["README.md"].sha256].decode()
-    for part in ("source_datasets:\n- uoft-cs/cifar10", 'from_pretrained("alice/bank")', "| 0 | 30.0 ± 10.0 |"):
+    for part in ("source_datasets:\n- uoft-cs/cifar10", 'dataset_id = "alice/bank"', "| epoch 0 | 30.0 ± 10.0 |"):
         assert part in card
     for name in wanted - {"README.md"}:
         assert files[1][name].sha256 == files[0][name].sha256

@@ -74,7 +74,9 @@ def rows_of(bank):
 
 
 def files_of(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    return {
+        path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path != folder / "README.md"
+    }
 
 
 @pytest.fixture(autouse=True)
@@ -99,6 +101,7 @@ def test_a_bank_holds_every_epoch(tmp_path):
     bank.check_preprocessing(DATA.processor.fingerprint)
     assert bank.image_processor.fingerprint == DATA.processor.fingerprint
     files = {name for name in files_of(tmp_path) if not name.endswith(".py")}
+    assert "| epoch 4 |" in (tmp_path / "README.md").read_text()
     assert files == {"bank.json", expert_name(0), expert_name(1), "preprocessor_config.json", "zca.safetensors"}
 
 

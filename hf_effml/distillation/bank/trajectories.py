@@ -1,12 +1,13 @@
 """The bank of trajectories: the parameters of many networks, epoch by epoch, in one file per network."""
 
 import math
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, hf_hub_download
+from huggingface_hub import CommitInfo, hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HFValidationError,
@@ -21,17 +22,16 @@ from transformers.utils import logging
 from hf_effml.distillation.flat_student import FlatStudent, build_student, student_config
 from hf_effml.distillation.image_processing_zca import ZCAImageProcessor
 
-from .card import bank_card, mean_accuracies
 from .checks import compare_student
 from .files import BANK_NAME, bank_fingerprint, expert_name, read_bank, read_header
 
 
-__all__ = ["TrajectoryBank"]
+__all__ = ["PROCESSOR_FILES", "TrajectoryBank", "mean_accuracies"]
 
 logger = logging.get_logger(__name__)
 
 _PROCESSOR_NAME = "preprocessor_config.json"
-_PROCESSOR_FILES = (_PROCESSOR_NAME, "zca.safetensors")
+PROCESSOR_FILES = (_PROCESSOR_NAME, "zca.safetensors")
 _TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -150,7 +150,7 @@ class TrajectoryBank:
     def image_processor(self) -> ZCAImageProcessor | None:
         """What turns images into the pixels that the experts were trained on; `None` if nobody stored it."""
         if self.repo_id is not None:
-            for name in _PROCESSOR_FILES:
+            for name in PROCESSOR_FILES:
                 self._fetch(name, required=False)
         if not (self.folder / _PROCESSOR_NAME).is_file():
             return None
@@ -316,7 +316,7 @@ class TrajectoryBank:
         commit_message: str | None = None,
         token: str | bool | None = None,
     ) -> CommitInfo:
-        """Uploads the bank with a card, as one commit to a data set repository.
+        """Uploads the bank with its card to a data set repository, by [`~hf_effml.hub.push_folder`].
 
         Args:
             repo_id (`str`):
@@ -336,29 +336,32 @@ class TrajectoryBank:
             `huggingface_hub.CommitInfo`: the commit.
 
         Raises:
-            ValueError: If a file of the bank is damaged.
+            ValueError: If a file of the bank is damaged, or something else speaks against publishing it.
         """
-        files = [BANK_NAME]
-        for expert in range(len(self)):
-            self._open(expert)
-            files.append(expert_name(expert))
-        if self.image_processor is not None:
-            files += [name for name in _PROCESSOR_FILES if (self.folder / name).is_file()]
-        api = HfApi(token=token)
-        repo_id = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True).repo_id
-        if revision is not None and not revision.startswith("refs/"):
-            api.create_branch(repo_id, repo_type="dataset", branch=revision, exist_ok=True)
-        operations = [CommitOperationAdd(name, str(self.folder / name)) for name in files]
-        card = bank_card(self.metadata, repo_id, self.num_parameters)
-        operations.append(CommitOperationAdd("README.md", card.encode()))
-        return api.create_commit(
+        from .card import push_bank
+
+        return push_bank(
+            self,
             repo_id,
-            operations,
-            commit_message=commit_message or f"Upload {repo_id.split('/')[-1]} with hf_effml",
-            repo_type="dataset",
+            private=private,
             revision=revision,
             create_pr=create_pr,
+            commit_message=commit_message,
+            token=token,
         )
+
+    def check_expert(self, expert: int) -> None:
+        """Checks that an expert's file is there, fetching it if need be, and holds what the bank says.
+
+        Args:
+            expert (`int`):
+                Number of the expert.
+
+        Raises:
+            IndexError: If there is no such expert.
+            ValueError: If its file is damaged, or belongs to another bank.
+        """
+        self._open(expert)
 
     def _check_files(self) -> None:
         """Looks at names and sizes only, so that opening a large bank takes no time."""
@@ -430,6 +433,26 @@ class TrajectoryBank:
         if self.epochs == list(range(self.epochs[0], self.epochs[-1] + 1)):
             return f"epochs {self.epochs[0]} to {self.epochs[-1]}"
         return f"epochs {', '.join(map(str, self.epochs))}"
+
+
+def mean_accuracies(metadata: Mapping[str, Any], split: str) -> dict[int, tuple[float, float]]:
+    """Averages over the experts what was measured.
+
+    Args:
+        metadata (`Mapping`):
+            Content of `bank.json`.
+        split (`str`):
+            `"train"` or `"validation"`.
+
+    Returns:
+        `dict[int, tuple[float, float]]`: mean and standard deviation for every epoch that was measured.
+    """
+    values: dict[int, list[float]] = {}
+    for history in metadata.get("history") or []:
+        for entry in history:
+            if entry.get(f"{split}_accuracy") is not None:
+                values.setdefault(entry["epoch"], []).append(entry[f"{split}_accuracy"])
+    return {epoch: (statistics.mean(each), statistics.pstdev(each)) for epoch, each in sorted(values.items())}
 
 
 def _listed(names: list[str], most: int = 3) -> str:
