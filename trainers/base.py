@@ -17,6 +17,7 @@ from transformers.utils import logging
 from hf_effml.hub import CardResult, write_card
 from hf_effml.hub.training_log import CURVE_NAME, draw_log
 from hf_effml.methods import FOUNDATIONS, METHODS
+from hf_effml.utils.files import remove_leftovers, write_text
 from hf_effml.utils.imports import usable
 
 
@@ -101,7 +102,11 @@ class EffMLTrainer(Trainer):
         Returns:
             `TrainOutput`: steps, loss and timings.
         """
-        return super().train(resume_from_checkpoint=self.find_checkpoint(resume_from_checkpoint), **kwargs)
+        checkpoint = self.find_checkpoint(resume_from_checkpoint)
+        if self.is_world_process_zero():
+            # Of runs that were killed while they wrote.
+            remove_leftovers(self.args.output_dir)
+        return super().train(resume_from_checkpoint=checkpoint, **kwargs)
 
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
         """Creates the repository and keeps the pickled arguments, which hold paths and maybe a token, out of it.
@@ -115,10 +120,9 @@ class EffMLTrainer(Trainer):
         super().init_hf_repo(*args, **kwargs)
         if self.is_world_process_zero():
             ignored = Path(self.args.output_dir, ".gitignore")
-            ignored.parent.mkdir(parents=True, exist_ok=True)
             lines = ignored.read_text(encoding="utf-8").splitlines() if ignored.exists() else []
             if "training_args.bin" not in lines:
-                ignored.write_text("\n".join([*lines, "training_args.bin", ""]), encoding="utf-8")
+                write_text(ignored, "\n".join([*lines, "training_args.bin", ""]))
 
     def average_in_log(self, values: Mapping[str, Tensor]) -> None:
         """Adds values of a training step to what `log` averages. Nothing waits for the device before that.

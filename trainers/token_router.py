@@ -11,7 +11,12 @@ from transformers import TrainingArguments
 
 from hf_effml.token_router.modeling_token_router import TokenRouterModel
 from hf_effml.token_router.patching import RoutingHook, copy_config, disable_routing, find_decoder, is_patched
-from hf_effml.token_router.router_losses import distillation_loss, guide_loss, hidden_state_loss, sparsity_loss
+from hf_effml.token_router.router_losses import (
+    router_distillation_loss,
+    router_guide_loss,
+    router_hidden_state_loss,
+    router_sparsity_loss,
+)
 from hf_effml.token_router.routing_state import RoutingState
 
 from .base import EffMLTrainer
@@ -192,8 +197,8 @@ class TokenRouterTrainer(EffMLTrainer):
 
     def _distance(self, dense: Any, outputs: Any, counted: Tensor) -> Tensor:
         if self.args.distillation == "hidden":
-            return hidden_state_loss(dense.hidden_states[-1], outputs.hidden_states[-1], counted)
-        return distillation_loss(dense.logits, outputs.logits, counted)
+            return router_hidden_state_loss(dense.hidden_states[-1], outputs.hidden_states[-1], counted)
+        return router_distillation_loss(dense.logits, outputs.logits, counted)
 
     def _steering(self, state: RoutingState) -> dict[str, Tensor]:
         """The losses on the router's decisions themselves."""
@@ -210,8 +215,8 @@ class TokenRouterTrainer(EffMLTrainer):
         static_keep = torch.stack([static.plans[block].keep for block in blocks])
         fading = self.args.guide_weight * max(0.0, 1 - self.state.global_step / max(self.state.max_steps, 1))
         return {
-            "sparsity": self.args.sparsity_weight * sparsity_loss(logits, state.prompt, required, two_sided),
-            "guide": fading * guide_loss(logits, static_keep, state.prompt),
+            "sparsity": self.args.sparsity_weight * router_sparsity_loss(logits, state.prompt, required, two_sided),
+            "guide": fading * router_guide_loss(logits, static_keep, state.prompt),
         }
 
     def _remember(self, terms: dict[str, Tensor], state: RoutingState) -> None:

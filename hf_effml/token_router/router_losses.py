@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def distillation_loss(teacher: Tensor, student: Tensor, counted: Tensor) -> Tensor:
+def router_distillation_loss(teacher: Tensor, student: Tensor, counted: Tensor) -> Tensor:
     """How far the routed model's predictions are from the dense model's: KL(teacher || student) at temperature 1.
 
     Args:
@@ -25,7 +25,7 @@ def distillation_loss(teacher: Tensor, student: Tensor, counted: Tensor) -> Tens
     return F.kl_div(student, teacher, reduction="sum", log_target=True) / counted.sum().clamp(min=1)
 
 
-def hidden_state_loss(teacher: Tensor, student: Tensor, counted: Tensor) -> Tensor:
+def router_hidden_state_loss(teacher: Tensor, student: Tensor, counted: Tensor) -> Tensor:
     """How far the routed model's last hidden states are from the dense model's.
 
     Args:
@@ -42,7 +42,7 @@ def hidden_state_loss(teacher: Tensor, student: Tensor, counted: Tensor) -> Tens
     return F.mse_loss(student[counted].float(), teacher[counted].float())
 
 
-def sparsity_loss(logits: Tensor, real: Tensor, required: Sequence[float], two_sided: bool = False) -> Tensor:
+def router_sparsity_loss(logits: Tensor, real: Tensor, required: Sequence[float], two_sided: bool = False) -> Tensor:
     """How far the share of tokens that the router would skip is from what each block requires.
 
     The share is counted from hard decisions and has the gradient of the soft ones. A soft share would be satisfied by
@@ -70,7 +70,7 @@ def sparsity_loss(logits: Tensor, real: Tensor, required: Sequence[float], two_s
     return missing.abs().sum() if two_sided else missing.clamp(min=0).sum()
 
 
-def guide_loss(logits: Tensor, static_keep: Tensor, real: Tensor) -> Tensor:
+def router_guide_loss(logits: Tensor, static_keep: Tensor, real: Tensor) -> Tensor:
     """How far the router is from the static rule: cross-entropy to its decisions.
 
     Args:

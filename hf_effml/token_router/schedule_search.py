@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import os
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.utils import logging
+
+from hf_effml.utils.files import remove_leftovers, write_json
 
 from .block_influence import block_influence, check_windows, evaluation_mode
 from .configuration_token_router import MAX_SPARSITY, TokenRouterConfig
@@ -168,8 +169,7 @@ def search_sparsity_schedule(
         model (`nn.Module`):
             A model with a token router: patched, or a [`TokenRouterModel`].
         windows (`Tensor` of shape `(windows, tokens)`, *optional*):
-            Token ids of texts, without padding. Needed unless `fitness` is a function; then they serve block
-            influence only.
+            Token ids of texts, without padding. Not needed where `fitness` is a function.
         prompt_length (`int`, *optional*):
             Tokens of each window that are its prompt, which is routed. Needed as `windows` are.
         population (`int`, *optional*, defaults to 24):
@@ -189,15 +189,14 @@ def search_sparsity_schedule(
         router_type (`str`, *optional*, defaults to `"static"`):
             Router to try schedules with, see [`TokenRouterConfig`].
         fitness (`str` or `Callable`, *optional*, defaults to `"kl"`):
-            What to minimise. `"kl"`: divergence from the dense model on the tokens after the prompts.
-            `"cross_entropy"`: of the tokens themselves. A function gets the model and the [`TokenRouterConfig`] to
-            pass to its calls as `token_router_config`, and returns a number: minus the accuracy in a task, say.
+            What to minimise on the tokens after the prompts: `"kl"`, divergence from the dense model, or
+            `"cross_entropy"`. A function gets the model and the [`TokenRouterConfig`] to call it with, and returns a
+            number: minus the accuracy in a task, say.
         batch_size (`int`, *optional*, defaults to 8):
             Windows at a time.
         checkpoint (`str` or `Path`, *optional*):
-            JSON file that is written after every evaluation. The same call goes on from it, with the result of a
-            search that was never interrupted. `generations`, `patience` and `batch_size` may have changed, nothing
-            else.
+            JSON file that is written after every evaluation. The same call goes on from it; only `generations`,
+            `patience` and `batch_size` may have changed.
         apply (`bool`, *optional*, defaults to `True`):
             Write the best schedule into the model's configuration.
 
@@ -426,6 +425,7 @@ class _Memory:
     def __post_init__(self) -> None:
         if self.path is None or not self.path.exists():
             return
+        remove_leftovers(self.path.parent, of=self.path.name)
         try:
             content = json.loads(self.path.read_text())
             then, self.influence = content["arguments"], content["block_influence"]
@@ -456,11 +456,7 @@ class _Memory:
             return
         evaluated = [{"schedule": list(key), "fitness": value} for key, value in self.known.items()]
         content = {"arguments": self.arguments, "block_influence": self.influence, "evaluated": evaluated}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        # Whoever kills the search finds the old file or the new one.
-        unfinished = self.path.with_name(self.path.name + ".tmp")
-        unfinished.write_text(json.dumps(content))
-        os.replace(unfinished, self.path)
+        write_json(self.path, content, indent=None)
 
 
 def _starts(config: TokenRouterConfig, influence: list[float] | None) -> list[list[float]]:

@@ -182,15 +182,17 @@ def is_leftover(name: str) -> bool:
     return _LEFTOVER.fullmatch(name) is not None
 
 
-def remove_leftovers(folder: str | Path) -> None:
+def remove_leftovers(folder: str | Path, of: str | None = None) -> None:
     """Removes temporary files that killed processes have left in a folder; call it when nobody else writes there.
 
     Args:
         folder (`str` or `Path`):
             The folder; its sub-folders are left alone.
+        of (`str`, *optional*):
+            Name of a file whose leftovers alone are removed, where others may be writing beside it.
     """
     for path in Path(folder).iterdir() if Path(folder).is_dir() else ():
-        if is_leftover(path.name):
+        if is_leftover(path.name) and (of is None or path.name.startswith(f".{of}.")):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:

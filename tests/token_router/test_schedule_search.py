@@ -390,7 +390,7 @@ def test_a_killed_search_goes_on_as_if_nothing_had_happened(tmp_path):
         run_and_kill(checkpoint, evaluations)
     done = len(json.loads(checkpoint.read_text())["evaluated"])
     assert 40 <= done < 200
-    (checkpoint.parent / "search.json.tmp").write_text("half a fi")
+    (checkpoint.parent / ".search.json.a1b2c3d4.unfinished").write_text("half a fi")
     settings = {"population": 10, "generations": 40, "patience": None}
     straight = search_sparsity_schedule(routed(), windows(), PROMPT, **settings)
     calls = []

@@ -19,10 +19,10 @@ from transformers import (
 from hf_effml import TokenRouter, TokenRouterConfig, apply_token_router, block_influence
 from hf_effml.token_router.patching import disable_routing
 from hf_effml.token_router.router_losses import (
-    distillation_loss,
-    guide_loss,
-    hidden_state_loss,
-    sparsity_loss,
+    router_distillation_loss,
+    router_guide_loss,
+    router_hidden_state_loss,
+    router_sparsity_loss,
 )
 from hf_effml.token_router.routing import (
     attention_scores_reference,
@@ -195,12 +195,12 @@ LOSSES = tensors_of("losses")
 def test_losses_of_the_router():
     logits, real = LOSSES["router_logits"], LOSSES["attention_mask"]
     required = LOSSES["required_sparsity"].tolist()
-    assert_close(sparsity_loss(logits, real, required).view(1), LOSSES["L_s_hinge_hard"], "losses")
+    assert_close(router_sparsity_loss(logits, real, required).view(1), LOSSES["L_s_hinge_hard"], "losses")
     two_sided = (LOSSES["required_sparsity"] - LOSSES["sparsity_hard"]).abs().sum()
-    assert_close(sparsity_loss(logits, real, required, two_sided=True), two_sided, "losses")
-    assert_close(guide_loss(logits, LOSSES["static_keep"], real).view(1), LOSSES["L_g_ce"], "losses")
+    assert_close(router_sparsity_loss(logits, real, required, two_sided=True), two_sided, "losses")
+    assert_close(router_guide_loss(logits, LOSSES["static_keep"], real).view(1), LOSSES["L_g_ce"], "losses")
     for block, required in enumerate(LOSSES["required_sparsity"].tolist()):
-        missing = sparsity_loss(logits[[block]], real, [required], two_sided=True)
+        missing = router_sparsity_loss(logits[[block]], real, [required], two_sided=True)
         assert_close(missing, (required - LOSSES["sparsity_hard"][block]).abs(), "losses")
 
 
@@ -218,15 +218,15 @@ def test_gradient_of_the_sparsity_loss(two_sided):
     assert too_little.any() and not too_little.all()
     signs = torch.where(too_little, 1.0, -1.0 if two_sided else 0.0)
     (missing * signs).sum().backward()
-    sparsity_loss(logits, real, required.tolist(), two_sided).backward()
+    router_sparsity_loss(logits, real, required.tolist(), two_sided).backward()
     assert_close(logits.grad, soft_logits.grad, "losses")
 
 
 def test_losses_of_the_outputs():
     real = LOSSES["attention_mask"]
-    kl = distillation_loss(LOSSES["teacher_logits"], LOSSES["student_logits"], real)
+    kl = router_distillation_loss(LOSSES["teacher_logits"], LOSSES["student_logits"], real)
     assert_close(kl.view(1), LOSSES["L_d_kl"], "losses")
-    mse = hidden_state_loss(LOSSES["teacher_hidden"], LOSSES["student_hidden"], real)
+    mse = router_hidden_state_loss(LOSSES["teacher_hidden"], LOSSES["student_hidden"], real)
     assert_close(mse.view(1), LOSSES["L_d_mse"], "losses")
 
 
