@@ -141,8 +141,8 @@ def _show_environment(argv: list[str]) -> dict[str, Any]:
     for part in check_environment():
         parts.append(asdict(part))
         needed = f"extra `{part.extra}`" if part.extra else "core"
-        advice = f" {part.reason} -> {part.remedy}" if part.remedy else ""
-        print(f"{part.name:<16} {part.version or '':<16} {needed:<16} {part.state}:{advice}".rstrip(":"), flush=True)
+        advice = " -> ".join(text for text in (part.reason, part.remedy) if text)
+        print(f"{part.name:<16} {part.version or '':<16} {needed:<16} {part.state}: {advice}".rstrip(": "), flush=True)
     return {"system": system, "parts": parts}
 
 

@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Literal
 
-from .imports import OPTIONAL_PACKAGES, torchvision_mismatch
+from .imports import OPTIONAL_PACKAGES, how_to_install, torchvision_mismatch
 
 
 CORE_PACKAGES = {
@@ -43,9 +43,9 @@ class Part:
         extra (`str` or `None`):
             The extra of hf-effml it belongs to; `None` for the core.
         state (`str`):
-            `"works"`, `"absent"` or `"broken"`.
+            `"works"`, `"absent"`, `"broken"`, or `"slow"` when its import did not end in time.
         reason (`str`):
-            Why it is broken.
+            Why it is broken, or how long its import was waited for.
         remedy (`str`):
             What to run when it does not work.
     """
@@ -53,7 +53,7 @@ class Part:
     name: str
     version: str | None
     extra: str | None
-    state: Literal["works", "absent", "broken"]
+    state: Literal["works", "absent", "broken", "slow"]
     reason: str = ""
     remedy: str = ""
 
@@ -85,14 +85,15 @@ def describe_system() -> dict[str, str]:
 
 def _check(module: str, name: str, extra: str | None) -> Part:
     if find_spec(module) is None:
-        remedy = f'`pip install "hf-effml[{extra}]"`' if extra else f"`pip install {name}`"
+        remedy = how_to_install(extra) if extra else f"`pip install {name}`"
         return Part(name, None, extra, "absent", remedy=remedy)
     # -P: a folder of the same name in the current directory must not be imported instead.
     command = [sys.executable, "-P", "-c", _CHECKS.get(module, f"import {module}")]
     try:
         outcome = subprocess.run(command, capture_output=True, text=True, timeout=_CHECK_SECONDS)
     except subprocess.TimeoutExpired:
-        return Part(name, _installed_version(name), extra, "broken", f"no answer in {_CHECK_SECONDS} s")
+        reason, remedy = f"its import took more than {_CHECK_SECONDS} s", f"`{sys.executable} -c 'import {module}'`"
+        return Part(name, _installed_version(name), extra, "slow", reason, f"{remedy} waits until it ends")
     if outcome.returncode == 0:
         return Part(name, _installed_version(name), extra, "works")
     reason, remedy = _diagnose(name, outcome.returncode, outcome.stderr)
@@ -106,7 +107,10 @@ def _diagnose(name: str, returncode: int, stderr: str) -> tuple[str, str]:
         return mismatch
     lines = [line for line in stderr.splitlines() if re.match(r"\w[\w.]*(Error|Exception)\b", line)]
     reason = lines[-1] if lines else f"its import ended with code {returncode}"
-    return reason, f"`pip install --force-reinstall {name}`"
+    if reason.startswith("ModuleNotFoundError"):
+        return reason, f"`pip install {name}` for what it requires"
+    # With its dependencies, pip would reinstall torch as well.
+    return reason, f"`pip install --force-reinstall --no-deps {name}`"
 
 
 def _installed_version(name: str) -> str | None:

@@ -1,10 +1,12 @@
 """Optional packages: whether they work, and what to install when they do not."""
 
+import json
 import traceback
 from functools import cache
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import PackageNotFoundError, distribution, requires, version
 from types import ModuleType
+from urllib.parse import unquote, urlsplit
 
 
 # import name -> (name on the package index, extra of hf-effml that installs it)
@@ -44,18 +46,35 @@ def require(name: str) -> ModuleType:
     ```
     """
     package = name.partition(".")[0]
-    distribution, extra = OPTIONAL_PACKAGES[package]
+    project, extra = OPTIONAL_PACKAGES[package]
     try:
         return import_module(name)
     except ModuleNotFoundError as error:
         if error.name != package:
             raise ImportError(_broken(package, error)) from error
-        raise ImportError(
-            f'`{distribution}` is needed here and is not installed. Run `pip install "hf-effml[{extra}]"`.'
-        ) from error
+        raise ImportError(f"`{project}` is needed here and is not installed. Run {how_to_install(extra)}.") from error
     # A torchvision built for another torch raises RuntimeError or AttributeError.
     except Exception as error:
         raise ImportError(_broken(package, error)) from error
+
+
+def how_to_install(extra: str) -> str:
+    """Says how to add an extra to the installation that is running.
+
+    Args:
+        extra (`str`):
+            One of the extras of hf-effml, for example `"data"`.
+
+    Returns:
+        `str`: the command, of a checkout with the folder to run it in: from an index, another copy would replace it.
+    """
+    try:
+        origin = json.loads(distribution("hf-effml").read_text("direct_url.json") or "{}")
+    except PackageNotFoundError:
+        origin = {}
+    if not origin.get("dir_info", {}).get("editable"):
+        return f'`pip install "hf-effml[{extra}]"`'
+    return f'`pip install -e ".[{extra}]"` in {unquote(urlsplit(origin["url"]).path)}'
 
 
 @cache
