@@ -1,13 +1,17 @@
 """The demo's part on dataset distillation: ten images that stand for nine hundred."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from hf_effml.utils.report import Report
 
 
 _EXPERTS, _EPOCHS, _STEPS = 4, 8, 100
 
 
-def distil_digits(out: Path, seed: int) -> tuple[list[dict[str, Any]], Path]:
+def distil_digits(out: Path, seed: int) -> "tuple[Report, Path]":
     """Trains experts on the digits, distils one image per class and compares it with real ones.
 
     Args:
@@ -17,8 +21,8 @@ def distil_digits(out: Path, seed: int) -> tuple[list[dict[str, Any]], Path]:
             Seed of everything.
 
     Returns:
-        `tuple[list[dict], Path]`: rows with what networks were trained on and their test accuracy, and the folder of
-        the distilled set.
+        `tuple[Report, Path]`: what networks were trained on and their test accuracy, and the folder of the distilled
+        set.
     """
     from transformers import PrinterCallback
 
@@ -89,4 +93,4 @@ def distil_digits(out: Path, seed: int) -> tuple[list[dict[str, Any]], Path]:
     trainer.save_model()
     folder = trainer.save_dataset(reports=[report])
     trainer.save_picture(out / "distilled_digits.png")
-    return report.rows(), folder
+    return report.as_report(), folder

@@ -191,7 +191,7 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
     from transformers.utils import logging
 
     from hf_effml.scripts.evaluate_rmeeto import measure
-    from hf_effml.utils.benchmark import describe_run, markdown_table
+    from hf_effml.utils.benchmark import describe_run
 
     logging.disable_progress_bar()
     # A second thread hardly helps a model this small, and waits ten times as long wherever the cores are shared.
@@ -216,13 +216,13 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
     seconds = round(time.perf_counter() - began, 1)
     results = {
         "rows": [asdict(row) for row in rows.values()],
-        "distillation": distilled,
+        "distillation": distilled.as_dict()["rows"],
         "seconds": seconds,
         "run": describe_run(seed=args.seed, rounds=_ROUNDS, threads=1),
     }
     (Path(args.out) / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     _print_table(list(rows.values()))
-    print(f"\nPAD: a ConvNet trained on ten digits\n\n{markdown_table(distilled)}")
+    print(f"\nPAD: a ConvNet trained on ten digits\n\n{distilled.as_markdown()}")
     print(f"\nMeasured in turn on {_machine()}. Wrote {args.out} in {seconds:.0f} s:")
     print(f"  {', '.join(sorted(path.name for path in Path(args.out).iterdir()))}\nUse it:")
     print(f'  pipeline("image-classification", "{folders[-1]}", trust_remote_code=True)')

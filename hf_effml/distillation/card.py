@@ -3,11 +3,11 @@
 from collections.abc import Mapping, Sequence
 from hashlib import file_digest
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import DatasetCardData
 
-from hf_effml.hub import FolderKind, ModelFolder, renew_results
+from hf_effml.hub import FolderKind, ModelFolder, add_results, renew_results
 from hf_effml.hub.kinds import installed_versions
 from hf_effml.hub.privacy import scrub
 from hf_effml.hub.results import arguments_table
@@ -20,7 +20,11 @@ from .publishing.evaluations import evaluations_section, merge_evaluations
 from .publishing.sets import INFO_NAME
 
 
-__all__ = ["KINDS", "DistilledModelFolder", "DistilledSetFolder", "add_evaluations"]
+if TYPE_CHECKING:
+    from .evaluation.report import EvaluationReport
+
+
+__all__ = ["KINDS", "DistilledModelFolder", "DistilledSetFolder", "add_evaluations", "add_to_card"]
 
 _TAGS = ("dataset-distillation", "synthetic", "image-classification")
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
@@ -46,6 +50,26 @@ def add_evaluations(folder: str | Path, reports: Sequence[Mapping[str, Any]]) ->
     results = merge_evaluations(info.get("results", []), scrub(list(reports)))
     write_json(Path(folder) / INFO_NAME, info | {"results": results})
     return renew_results(folder)
+
+
+def add_to_card(folder: str | Path, reports: "Sequence[EvaluationReport]", data: str) -> Path:
+    """Adds results to a distilled set or to the model that it was trained as, and renews its card.
+
+    Args:
+        folder (`str` or `Path`):
+            The folder; that of a model has a card.
+        reports (`Sequence[EvaluationReport]`):
+            From [`~hf_effml.evaluate_distilled`], one per network.
+        data (`str`):
+            Name of the data they were measured on.
+
+    Returns:
+        `Path`: the card.
+    """
+    if (Path(folder) / INFO_NAME).is_file():
+        return add_evaluations(folder, [report.to_dict() for report in reports])
+    results = [result for report in reports for result in report.card_results()]
+    return add_results(folder, results, f"{data}, {reports[0].split} images")
 
 
 class DistilledSetFolder(FolderKind):

@@ -10,10 +10,10 @@ from helpers import require_package
 from hf_effml import ConvNetConfig, DistilledDatasetModel
 from hf_effml.cli.parsing import run_script
 from hf_effml.distillation.bank.initialization import distilled_from_real
-from hf_effml.distillation.publishing.sets import save_distilled_dataset
+from hf_effml.distillation.publishing.origin import images_to_measure_on
+from hf_effml.distillation.publishing.sets import load_distilled, save_distilled_dataset
 from hf_effml.distillation.real_images import load_real_images
 from hf_effml.hub import CardResult, write_card
-from hf_effml.scripts import evaluate_distillation
 from hf_effml.scripts.evaluate_distillation import main
 from hf_effml.trainers.expert import ExpertTrainer, ExpertTrainingArguments
 
@@ -65,7 +65,7 @@ def test_a_published_set_with_two_networks(made, tmp_path, capsys):
     assert report.strip() in text
     for line in (
         "## mlp",
-        "| random real images | soft |",
+        "| random real images, soft labels |",
         "4 images for 2 classes, accuracy on 40 test images of digits",
     ):
         assert line in report
@@ -106,7 +106,7 @@ def test_results_go_to_the_card(made, tmp_path, capsys):
     assert "| Accuracy (ConvNet-D1-W4, tm, test) |" in card and f"| {mean:.4g} |" in card
 
 
-def test_the_bank_that_the_set_names(made, tmp_path, capsys):
+def test_the_bank_that_the_set_names(made, tmp_path, capsys, caplog):
     model = DistilledDatasetModel.from_pretrained(made.model)
     described = json.loads((made.set / "distillation.json").read_text())
 
@@ -119,7 +119,7 @@ def test_the_bank_that_the_set_names(made, tmp_path, capsys):
     capsys.readouterr()
     report = run("experts-of-somebody")
     captured = capsys.readouterr()
-    assert "names the bank `experts-of-somebody`, which is not here" in captured.err
+    assert "names the bank `experts-of-somebody`, which is not here" in caplog.text
     assert "Without a `bank` random images have no soft labels" in captured.out
     assert "random" not in report["accuracies"] and "HLR" in report["scores"]
 
@@ -160,4 +160,4 @@ def test_a_bank_of_other_pixels_is_refused(made, tmp_path):
 def test_validation_images_that_were_seen_are_refused(made, tmp_path, capsys):
     other = load_real_images("digits", classes=[3, 8], max_train=60, seed=1, processor=made.data.processor)
     with pytest.raises(ValueError, match="may have seen the validation images. Measure with `--split test`"):
-        evaluate_distillation._check_validation(other, made.data.train.fingerprint)
+        images_to_measure_on(other, "validation", load_distilled(made.set).info)

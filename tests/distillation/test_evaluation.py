@@ -21,12 +21,11 @@ from hf_effml.distillation.evaluation.ranking import (
     improvement_over_random,
     label_robust_score,
 )
-from hf_effml.distillation.evaluation.report import EvaluationReport, MeasuredAccuracy, comparison_rows
+from hf_effml.distillation.evaluation.report import EvaluationReport, MeasuredAccuracy, evaluation_report
 from hf_effml.distillation.evaluation.training import accuracy, train_student
 from hf_effml.distillation.evaluation.training_sets import TrainingSet, as_training_set, random_real_images
 from hf_effml.distillation.flat_student import FlatStudent, build_student
 from hf_effml.distillation.real_images import RealImages
-from hf_effml.utils.benchmark import markdown_table
 
 
 CLASSES, SIZE = 3, 6
@@ -180,7 +179,7 @@ def test_a_protocol_without_augmentation_is_switched_on(distilled, bank, trainin
     )
     strategies = [one.protocol.augmentation.strategy for one in trainings]
     assert strategies[0] == "none" and strategies[1] == AugmentationSettings().strategy
-    assert "distilled images, with augmentation" in [row["trained on"] for row in report.rows()]
+    assert "distilled images, soft labels, with augmentation" in report.as_report().rows
     assert "HLR" not in report.scores and "ARS" in report.scores
 
 
@@ -216,8 +215,8 @@ def test_selection_trains_nothing_but_the_set_and_names_its_images(distilled, ba
     report = evaluate_distilled(distilled, CONFIG, validation, **options)
     assert len(trainings) == 1 and list(report.accuracies) == ["distilled"]
     assert report.test_images == 30 and report.test_fingerprint == validation.fingerprint != TEST.fingerprint
-    assert report.rows()[0].keys() == {"trained on", "labels", "validation accuracy", "trainings"}
-    assert report.std is None and "validation" in report.card_results()[0][0]
+    assert "| validation accuracy | trainings |" in report.as_report().as_markdown()
+    assert report.std is None and "validation" in report.card_results()[0].name
 
 
 def test_several_distillations_spread(distilled, trainings):
@@ -231,7 +230,7 @@ def test_report_as_json_and_tables():
     measured = {"distilled": [0.8, 0.82], "random": [0.7, 0.72, 0.74], "distilled_hard": [0.6], "full": [0.95]}
     report = EvaluationReport(
         student="convnet",
-        protocol=get_protocol("tm"),
+        protocol=get_protocol("tm", learning_rate=0.02),
         split="test",
         test_images=797,
         test_fingerprint="f",
@@ -251,33 +250,27 @@ def test_report_as_json_and_tables():
     }
     assert plain["scores"]["IOR"] == pytest.approx(0.09) and plain["scores"]["HLR"] == pytest.approx(0.35)
     assert plain["protocol"]["epochs"] == 1001 and plain["notes"] == ["a note"] and plain["split"] == "test"
-    table = markdown_table(report.rows())
-    assert "| trained on | labels | test accuracy | trainings |" in table
-    assert (
-        "| distilled images | soft | 81.0 ± 1.4% | 2 |" in table and "| all real images | hard | 95.0% | 1 |" in table
-    )
-    assert report.bars()["random real images, soft"] == (pytest.approx(0.72), pytest.approx(0.02))
-    names = {name: (value, start, metric) for name, value, start, metric in report.card_results()}
+    table = report.as_report().as_markdown()
+    assert "|  | test accuracy | trainings |" in table
+    assert "| distilled images, soft labels | 81.0 ± 1.4% | 2 |" in table
+    assert "| all real images, hard labels | 95.0% | 1 |" in table
+    assert report.bars()["random real images, soft labels"] == (pytest.approx(0.72), pytest.approx(0.02))
+    names = {one.name: (one.value, one.starting_point, one.metric) for one in report.card_results()}
     assert names["Accuracy (convnet, tm, test)"] == (pytest.approx(0.81), None, "accuracy")
     assert names["Accuracy with hard labels (convnet, tm, test)"] == (pytest.approx(0.6), None, None)
     random = names["Accuracy of random real images, labels of the same kind (convnet, tm, test)"]
     assert random == (pytest.approx(0.72), None, None)
     heads = [name.split()[0] for name in names]
     assert heads == ["Accuracy", "Standard", "Accuracy", "Accuracy", "HLR", "IOR", "LRS"]
-    rows = comparison_rows(
-        [report, replace(report, student="mlp", accuracies={"distilled": MeasuredAccuracy.of([0.5])})]
-    )
-    assert rows[0] == {
-        "network": "convnet",
-        "distilled": "81.0 ± 1.4%",
-        "random real": "72.0 ± 2.0%",
-        "distilled, hard labels": "60.0%",
-        "all real": "95.0%",
-        "HLR": "0.350",
-        "IOR": "0.090",
-        "LRS": f"{report.scores['LRS']:.3f}",
-    }
-    assert rows[1]["distilled"] == "50.0%" and rows[1]["all real"] is None
+    other = replace(report, student="mlp", accuracies={"distilled": MeasuredAccuracy.of([0.5])})
+    both = evaluation_report([report, other], "digits")
+    assert [part.name for part in both.parts] == ["convnet", "mlp", "networks"]
+    head, _, first, second = both.parts[2].as_markdown().splitlines()[2:]
+    assert head == "|  | distilled | random real | distilled, hard labels | all real | HLR | IOR | LRS |"
+    lrs = f"{report.scores['LRS']:.3f}"
+    assert first == f"| convnet | 81.0 ± 1.4% | 72.0 ± 2.0% | 60.0% | 95.0% | 0.350 | 0.090 | {lrs} |"
+    assert second == "| mlp | 50.0% |  |  |  |  |  |  |"
+    assert both.as_dict()["reports"] == [report.to_dict(), other.to_dict()] and "a note" in both.as_markdown()
 
 
 def test_random_images_are_drawn_per_class_without_repeats():

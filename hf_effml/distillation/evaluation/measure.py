@@ -145,7 +145,7 @@ def cross_architecture(
             Further arguments of [`evaluate_distilled`].
 
     Returns:
-        `list[EvaluationReport]`: one per network; [`comparison_rows`] makes a table of them.
+        `list[EvaluationReport]`: one per network; [`evaluation_report`] makes tables of them.
     """
     named = dict(students) if isinstance(students, Mapping) else {_name(student): student for student in students}
     return [

@@ -3,7 +3,11 @@
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+from hf_effml.utils.plotting import plot_bars
+from hf_effml.utils.report import CardResult, Column, Report
 
 from .protocols import EvaluationProtocol
 from .ranking import (
@@ -14,9 +18,9 @@ from .ranking import (
 )
 
 
-__all__ = ["EvaluationReport", "MeasuredAccuracy", "comparison_rows"]
+__all__ = ["EvaluationReport", "MeasuredAccuracy", "draw_accuracies", "evaluation_report"]
 
-_LABELS = {"soft": "soft", "hard": "hard", "teacher": "of a teacher"}
+_LABELS = {"soft": "soft labels", "hard": "hard labels", "teacher": "labels of a teacher"}
 
 
 @dataclass(frozen=True)
@@ -133,16 +137,17 @@ class EvaluationReport:
             scores["ARS"] = augmentation_robust_score(scores["IOR"], switched)
         return scores
 
-    def rows(self) -> list[dict[str, Any]]:
-        """Rows of a table: what was trained on, with which labels, and how well it went.
+    def as_report(self) -> Report:
+        """A table of what was trained on, with which labels, and how well it went.
 
         Returns:
-            `list[dict]`: for [`~hf_effml.utils.benchmark.markdown_table`].
+            [`~hf_effml.utils.report.Report`]
         """
-        return [
-            {"trained on": images, "labels": labels, self._column: str(measured), "trainings": len(measured.values)}
-            for images, labels, measured in self._named()
-        ]
+        columns = {"accuracy": Column(f"{self.split} accuracy", ".1%"), "trainings": Column("trainings")}
+        report = Report(self.student, columns, self.student)
+        for name, measured in self._named().items():
+            report.add(name, accuracy=list(measured.values), trainings=len(measured.values))
+        return report
 
     def bars(self) -> dict[str, tuple[float, float | None]]:
         """Mean and standard deviation of every row by name.
@@ -150,7 +155,7 @@ class EvaluationReport:
         Returns:
             `dict[str, tuple[float, float | None]]`: for [`~hf_effml.utils.plotting.plot_bars`].
         """
-        return {f"{images}, {labels}": (measured.mean, measured.std) for images, labels, measured in self._named()}
+        return {name: (measured.mean, measured.std) for name, measured in self._named().items()}
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain values for JSON.
@@ -178,79 +183,118 @@ class EvaluationReport:
             "seconds": round(self.seconds, 1),
         }
 
-    def card_results(self) -> list[tuple[str, float, float | None, str | None]]:
-        """Rows of a model card: name, value, that of the set before distillation, and the Hub's name of the metric.
+    def card_results(self) -> list[CardResult]:
+        """Rows of a model card: the set beside its state before distillation, what it is compared with, and scores.
 
         Returns:
-            `list[tuple]`: arguments of [`~hf_effml.hub.CardResult`].
+            `list[CardResult]`
         """
         mean = {key: measured.mean for key, measured in self.accuracies.items()}
         how = f"{self.student}, {self.protocol.name}, {self.split}"
-        results: list[tuple[str, float, float | None, str | None]] = [
-            (f"Accuracy ({how})", mean["distilled"], mean.get("initial"), "accuracy")
-        ]
+        initial = self.accuracies.get("initial")
+        results = [CardResult(f"Accuracy ({how})", mean["distilled"], mean.get("initial"), "accuracy")]
         if self.std is not None:
-            results.append((f"Standard deviation ({how})", self.std, self._std("initial"), None))
+            results.append(CardResult(f"Standard deviation ({how})", self.std, initial.std if initial else None))
         others = {
             "distilled_hard": "Accuracy with hard labels",
             "random": "Accuracy of random real images, labels of the same kind",
             "random_hard": "Accuracy of random real images, hard labels",
         }
-        results += [(f"{text} ({how})", mean[key], None, None) for key, text in others.items() if key in mean]
-        return results + [(f"{name} ({how})", value, None, None) for name, value in self.scores.items()]
+        results += [CardResult(f"{text} ({how})", mean[key]) for key, text in others.items() if key in mean]
+        return results + [CardResult(f"{name} ({how})", value) for name, value in self.scores.items()]
 
-    @property
-    def _column(self) -> str:
-        return f"{self.split} accuracy"
-
-    def _std(self, key: str) -> float | None:
-        return self.accuracies[key].std if key in self.accuracies else None
-
-    def _named(self) -> list[tuple[str, str, MeasuredAccuracy]]:
-        """What was trained on, its labels and its accuracy."""
+    def _named(self) -> dict[str, MeasuredAccuracy]:
+        """What was trained on with its labels, and the accuracy."""
         own = _LABELS[self.protocol.labels]
         settings = self.protocol.augmentation
         switch = "no augmentation" if settings is None or settings.operations else "with augmentation"
         names = {
-            "distilled": ("distilled images", own),
-            "random": ("random real images", own),
-            "distilled_hard": ("distilled images", "hard"),
-            "random_hard": ("random real images", "hard"),
-            "distilled_switched": (f"distilled images, {switch}", own),
-            "random_switched": (f"random real images, {switch}", own),
-            "initial": ("initial images", own),
-            "last": ("images of the last step", own),
-            "full": ("all real images", "hard"),
+            "distilled": f"distilled images, {own}",
+            "random": f"random real images, {own}",
+            "distilled_hard": "distilled images, hard labels",
+            "random_hard": "random real images, hard labels",
+            "distilled_switched": f"distilled images, {own}, {switch}",
+            "random_switched": f"random real images, {own}, {switch}",
+            "initial": f"initial images, {own}",
+            "last": f"images of the last step, {own}",
+            "full": "all real images, hard labels",
         }
-        return [(*names[key], self.accuracies[key]) for key in names if key in self.accuracies]
+        return {name: self.accuracies[key] for key, name in names.items() if key in self.accuracies}
 
 
-def comparison_rows(reports: Sequence[EvaluationReport]) -> list[Mapping[str, Any]]:
-    """Rows of a table of several networks.
+_COMPARED = {
+    "distilled": Column("distilled", ".1%"),
+    "random": Column("random real", ".1%"),
+    "distilled_hard": Column("distilled, hard labels", ".1%"),
+    "random_hard": Column("random real, hard labels", ".1%"),
+    "initial": Column("initial", ".1%"),
+    "last": Column("last step", ".1%"),
+    "full": Column("all real", ".1%"),
+    **{score: Column(score, ".3f") for score in ("HLR", "IOR", "LRS", "ARS")},
+}
+_EXPLAINED = (
+    "HLR: accuracy of all real images less that of the distilled ones, both with hard labels; less is better. "
+    "IOR: gain on random real images under the same protocol. LRS and ARS: from 0 to 1, more is better."
+)
+
+
+def evaluation_report(
+    reports: Sequence[EvaluationReport], data: str, facts: Mapping[str, Any] | None = None
+) -> Report:
+    """Puts the evaluations of several networks into one report: a table of each, and one of all of them.
 
     Args:
         reports (`Sequence[EvaluationReport]`):
             One per network.
+        data (`str`):
+            Name of the data.
+        facts (`Mapping`, *optional*):
+            What else has to be known, JSON-plain.
 
     Returns:
-        `list[Mapping]`: for [`~hf_effml.utils.benchmark.markdown_table`].
+        [`~hf_effml.utils.report.Report`]: `reports` among its facts holds all that was measured.
     """
-    columns = {
-        "distilled": "distilled",
-        "random": "random real",
-        "distilled_hard": "distilled, hard labels",
-        "random_hard": "random real, hard labels",
-        "initial": "initial",
-        "last": "last step",
-        "full": "all real",
-    }
-    return [
-        {"network": report.student}
-        | {
-            title: str(report.accuracies[key]) if key in report.accuracies else None
-            for key, title in columns.items()
-            if any(key in other.accuracies for other in reports)
-        }
-        | {name: f"{value:.3f}" for name, value in report.scores.items()}
-        for report in reports
+    first = reports[0]
+    everything = Report("evaluation", facts={**(facts or {}), "reports": [report.to_dict() for report in reports]})
+    everything.parts = [report.as_report() for report in reports]
+    if len(reports) > 1 or first.scores:
+        networks = everything.add_part("networks", _COMPARED, "Networks and scores")
+        for report in reports:
+            measured = {key: list(found.values) for key, found in report.accuracies.items() if key in _COMPARED}
+            networks.add(report.student, **measured, **report.scores)
+    rules = first.protocol
+    everything.notes = [
+        f"{first.images} images for {first.classes} classes, accuracy on {first.test_images} {first.split} images of "
+        f"{data} at the end of training. Protocol `{rules.name}`: {rules.epochs} epochs, learning rate "
+        f"{rules.learning_rate:.3g}, {len(first.seeds)} seed(s), {first.draws} draw(s) of random images.",
+        *([_EXPLAINED] if first.scores else []),
+        *dict.fromkeys(note for report in reports for note in report.notes),
     ]
+    return everything
+
+
+def draw_accuracies(reports: Sequence[EvaluationReport], path: str | Path, data: str) -> Path:
+    """Draws the accuracies of every network as bars.
+
+    Args:
+        reports (`Sequence[EvaluationReport]`):
+            One per network.
+        path (`str` or `Path`):
+            PNG file to write.
+        data (`str`):
+            Name of the data.
+
+    Returns:
+        `Path`: the file.
+    """
+    first = reports[0]
+    per_class = first.images / first.classes
+    how = f"protocol {first.protocol.name}, {len(first.seeds)} seed(s), {first.draws} draw(s) of random images"
+    plot_bars(
+        {report.student: report.bars() for report in reports},
+        path,
+        title=f"{data}, {per_class:.3g} distilled image{'' if per_class == 1 else 's'} per class",
+        label=f"{first.split} accuracy (%)",
+        note=f"{how}; mean and standard deviation",
+    )
+    return Path(path)
