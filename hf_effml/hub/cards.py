@@ -72,7 +72,7 @@ def write_card(folder: str | Path, repo_id: str | None = None, **facts: Any) -> 
         merge_results(folder, kind.results, kind.evaluated_on, replace=True)
     card, path = _render(kind, repo_id, with_output=True), Path(folder) / CARD_NAME
     if path.exists():
-        _renew(path, card)
+        _renew(path, card, kind.unknown_sections)
     else:
         write_text(path, card.content)
     return path
@@ -177,7 +177,7 @@ def _render(kind: FolderKind, repo_id: str | None, with_output: bool = False) ->
     return card
 
 
-def _renew(path: Path, fresh: RepoCard) -> None:
+def _renew(path: Path, fresh: RepoCard, unknown: set[str]) -> None:
     """A card that is not ours, such as the one that Transformers writes, is replaced."""
     old = _load(path)
     if "<!-- hf-effml: " not in old.text:
@@ -189,7 +189,7 @@ def _renew(path: Path, fresh: RepoCard) -> None:
     if "model-index" in known and "model-index" not in fresh.data.to_dict():
         del known["model-index"]
     old.data = type(fresh.data)(**known)
-    old.text = renew_sections(old.text, fresh.text)
+    old.text = renew_sections(old.text, fresh.text, keep=unknown)
     write_text(path, old.content)
 
 

@@ -84,6 +84,11 @@ class FolderKind:
         """
         raise NotImplementedError
 
+    @property
+    def unknown_sections(self) -> set[str]:
+        """Sections of the card about which nothing is known here; those that are there stay."""
+        return set()
+
     def remarks(self, files: Sequence[str]) -> list[str]:
         """What speaks against publishing, apart from what holds for every folder.
 

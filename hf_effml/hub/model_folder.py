@@ -13,13 +13,15 @@ from hf_effml.utils.report import CardResult, markdown_table
 from .kinds import FolderKind, installed_versions, read_config
 from .privacy import scrub, scrub_command
 from .results import arguments_table, read_results, results_section, set_model_index
-from .training_log import CURVE_NAME, log_table
+from .training_log import CURVE_NAME, duration, log_table
 
 
 __all__ = ["ModelFolder", "is_hub_id"]
 
 _TASKS = {"AutoModelForImageClassification": "image-classification", "AutoModelForCausalLM": "text-generation"}
 _MAX_CLASSES = 20
+# What is loaded in a second, also where there is no accelerator.
+_MAX_BYTES_TO_RUN = 2**28
 
 
 class ModelFolder(FolderKind):
@@ -125,12 +127,18 @@ class ModelFolder(FolderKind):
             "base_model_is_linked": linked,
             "command": scrub_command(self._command) if self._command else None,
             "arguments_table": arguments_table(self._arguments),
+            "took": duration(self.history),
             "log": log_table(self.history),
             "curve": self.if_there(CURVE_NAME) if self.history else None,
             "limits": [*self._limits, *self.limits()],
             "versions": ", ".join(f"{name} {version}" for name, version in installed_versions().items()),
             "citations": "\n\n".join(paper.citation for paper in self.papers),
         }
+
+    @property
+    def unknown_sections(self) -> set[str]:
+        """How a model was made is known to whoever made it."""
+        return set() if self._command or self._arguments or self._data or self.history else {"training"}
 
     def remarks(self, files: Sequence[str]) -> list[str]:
         """A model needs a configuration and safetensors weights."""
@@ -210,7 +218,22 @@ class ModelFolder(FolderKind):
     @property
     def shows_output(self) -> bool:
         """Whether the snippet runs in seconds here, so that the card can show what it prints."""
-        return self.task != "text-generation" and any(self.folder.glob("*.safetensors"))
+        if self.task == "text-generation" and not any(self.folder.glob("tokenizer*.json")):
+            return False
+        return self.runs_here(self.folder)
+
+    def runs_here(self, folder: Path) -> bool:
+        """Whether a model is here and small enough to be loaded for its card.
+
+        Args:
+            folder (`Path`):
+                The folder of the model.
+
+        Returns:
+            `bool`: the answer.
+        """
+        size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        return 0 < size < _MAX_BYTES_TO_RUN
 
     def details(self) -> dict[str, str]:
         """What the model is, in numbers."""

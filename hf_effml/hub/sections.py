@@ -35,7 +35,7 @@ def mark_sections(rendered: str) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
-def renew_sections(old: str, new: str, only: Collection[str] | None = None) -> str:
+def renew_sections(old: str, new: str, only: Collection[str] | None = None, keep: Collection[str] = ()) -> str:
     """Brings the sections of a card up to date; everything that a person wrote stays.
 
     Text between sections stays where it is. A section that was changed by hand stays as it is, but for the results,
@@ -48,6 +48,8 @@ def renew_sections(old: str, new: str, only: Collection[str] | None = None) -> s
             That of a new one, with marks.
         only (`Collection[str]`, *optional*):
             Names of the sections to renew; all by default.
+        keep (`Collection[str]`, *optional*, defaults to `()`):
+            Names of sections that stay as they are where they are there.
 
     Returns:
         `str`: the text.
@@ -59,7 +61,8 @@ def renew_sections(old: str, new: str, only: Collection[str] | None = None) -> s
         parts += [(None, old[position : match.start()]), (match[1], match[0])]
         position = match.end()
     parts.append((None, old[position:]))
-    result = [part for name, text in parts for part in _renewed(name, text, fresh, only)]
+    kept = {name for name, _ in parts if name in keep or (only is not None and name not in only)}
+    result = [part for name, text in parts for part in _renewed(name, text, fresh, kept)]
     names = [name for name, _, _ in _sections(new)]
     for name in (name for name in fresh if name not in {part[0] for part in result}):
         before = names[: names.index(name)]
@@ -109,9 +112,9 @@ def unbalanced_sections(text: str) -> bool:
 
 
 def _renewed(
-    name: str | None, text: str, fresh: dict[str, str], only: Collection[str] | None
+    name: str | None, text: str, fresh: dict[str, str], kept: Collection[str | None]
 ) -> Iterator[tuple[str | None, str]]:
-    if name is None or (only is not None and name not in only):
+    if name is None or name in kept:
         yield name, text
         return
     _, digest, content = _SECTION.fullmatch(text).groups()  # type: ignore[union-attr]

@@ -49,7 +49,9 @@ def output_of(snippet: str) -> str | None:
     except Exception as error:
         logger.warning(f"The card shows no output: its snippet failed here with {type(error).__name__}: {error}")
         return None
-    return printed.getvalue().strip() or None
+    text = printed.getvalue().strip()
+    # What would end the block of code that it is shown in is not shown.
+    return text if text and "```" not in text else None
 
 
 @contextmanager

@@ -7,10 +7,10 @@ from typing import Any
 from hf_effml.utils.report import markdown_table
 
 
-__all__ = ["CURVE_NAME", "draw_log", "log_table"]
+__all__ = ["CURVE_NAME", "draw_log", "duration", "log_table"]
 
 CURVE_NAME = "training.png"
-_MAX_ROWS, _MAX_COLUMNS = 10, 6
+_MAX_ROWS, _MAX_COLUMNS, _MAX_PANELS = 10, 6, 3
 _ABOUT_TIME = ("_runtime", "_per_second", "_time")
 
 
@@ -35,8 +35,24 @@ def log_table(history: Sequence[Mapping[str, Any]]) -> str:
     return markdown_table(head, [[f"{step:,}", *(rows[step].get(name) for name in names)] for step in steps])
 
 
+def duration(history: Sequence[Mapping[str, Any]]) -> str:
+    """Says how long a training took.
+
+    Args:
+        history (`Sequence[Mapping]`):
+            As `trainer.state.log_history`.
+
+    Returns:
+        `str`: a sentence; empty where it is not known.
+    """
+    last = next((entry for entry in reversed(history) if "train_runtime" in entry), None)
+    return (
+        "" if last is None else f"{last.get('step', 0):,} steps, {last['train_runtime']:,.0f} s since the last start."
+    )
+
+
 def draw_log(history: Sequence[Mapping[str, Any]], path: str | Path, title: str) -> bool:
-    """Draws the log of a training: the loss, and below it what evaluations measured.
+    """Draws the log of a training: the loss with its terms, and below it what evaluations measured.
 
     Args:
         history (`Sequence[Mapping]`):
@@ -56,10 +72,10 @@ def draw_log(history: Sequence[Mapping[str, Any]], path: str | Path, title: str)
     panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for name, points in curves.items():
         if len(points) > 1:
-            panels.setdefault("loss" if name in ("loss", "eval_loss") else _title(name), {})[_title(name)] = points
+            panels.setdefault("loss" if "loss" in name else _title(name), {})[_title(name)] = points
     if not panels:
         return False
-    plot_curves(panels, path, title=title)
+    plot_curves(dict([*panels.items()][:_MAX_PANELS]), path, title=title)
     return True
 
 

@@ -86,6 +86,11 @@ class RouterFolder(FullCheckpointFolder):
         """Generates text with the base model's tokenizer."""
         return self.text_snippet("model.config.base_model_name_or_path", _REPORT)
 
+    @property
+    def shows_output(self) -> bool:
+        """Whether the base model is here, too."""
+        return self.base_model is not None and self.runs_here(Path(self.base_model))
+
     def limits(self) -> list[str]:
         """A router belongs to one model."""
         return ["The router fits the base model it was trained on, and no other.", *super().limits()]

@@ -177,6 +177,13 @@ def test_a_renewed_card_keeps_what_was_written(folder, caplog):
     assert not (folder / "results.json").exists()
 
 
+def test_a_renewed_card_keeps_how_a_model_was_made(folder):
+    full_card(folder).save(folder / "README.md")
+    text = write_card(folder, "alice/my-vim", method="rmeeto").read_text()
+    assert "| `learning_rate` | `0.001` |" in text and "| Training examples | 1,437 |" in text
+    assert "| `learning_rate` |" not in write_card(folder, arguments={"seed": 1}).read_text()
+
+
 def test_cards_of_others(folder):
     write_card(folder)
     add_results(folder, RESULTS, "digits")
@@ -222,13 +229,14 @@ def test_what_the_snippet_prints_and_how_training_went(tmp_path):
     VimForImageClassification(tiny_vim_config(num_labels=4)).save_pretrained(tmp_path / "vim")
     vim_image_processor(16).save_pretrained(tmp_path / "vim")
     history = [{"loss": 2.0 / (step + 1), "step": 10 * step} for step in range(30)]
+    history.append({"train_runtime": 12.3, "step": 290})
     history.append({"eval_loss": 0.5, "eval_accuracy": 0.75, "eval_runtime": 3.0, "step": 290})
     require_package("matplotlib")
     assert draw_log(history, tmp_path / "vim" / "training.png", "Course")
     text = write_card(tmp_path / "vim", method="vim", history=history).read_text()
     output = re.search(r"prints\n\n```\n(.*?)\n```", text, flags=re.S)[1]
     assert len(ast.literal_eval(output)) == 2 and "'label': 'LABEL_" in output
-    assert "![Course of the training](training.png)" in text
+    assert "290 steps, 12 s since the last start." in text and "![Course of the training](training.png)" in text
     assert "| Step | Training loss | Evaluation loss | Accuracy |" in text and "| 290 | 0.06667 | 0.5 | 0.75 |" in text
     assert len(re.findall(r"^\| \d", text, flags=re.M)) == 10 and "runtime" not in text
     assert not draw_log([{"loss": 1.0, "step": 1}], tmp_path / "none.png", "One point")
