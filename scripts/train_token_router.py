@@ -15,7 +15,6 @@ from hf_effml.cli.parsing import parse_arguments, run_script
 from hf_effml.token_router.comparison import score_router
 from hf_effml.token_router.schedule_search import search_sparsity_schedule
 from hf_effml.utils.language_models import load_language_model, train_language_model
-from hf_effml.utils.report import CardResult, Report
 from hf_effml.utils.text_data import TextData, load_text, make_windows
 from hf_effml.utils.text_examples import LeftPaddingCollator, make_examples
 
@@ -117,7 +116,13 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
         _search(script, trainer, eval_data, config.router_type, "refine", script.refine_generations)
     report = score_router(trainer.model.eval(), test, script.prompt_length, args.per_device_eval_batch_size)
     trainer.save_model()
-    _write_card(trainer, report, data, f"{eval_data.name}, prompts of {script.prompt_length} tokens")
+    trainer.card_facts |= {
+        "results": report.card_results("trained router", beside="dense"),
+        "evaluated_on": f"{eval_data.name}, prompts of {script.prompt_length} tokens",
+        "datasets": [data.hub_id] if data.hub_id else [],
+        "data": {"name": data.name, "hub_id": data.hub_id},
+    }
+    trainer.create_model_card()
     print(f"\n{report.as_text()}\n\nWrote {args.output_dir}. To load it:")
     print(f"AutoModelForCausalLM.from_pretrained({args.output_dir!r}, trust_remote_code=True)")
     report.facts |= {"output_dir": args.output_dir, "steps": trainer.state.global_step}
@@ -149,19 +154,6 @@ def _search(
     )
     schedule = " ".join(f"{share:.2f}" for share in result.schedule)
     print(f"Schedule: {schedule} (KL {result.fitness:.4g} after {result.evaluations} evaluations)")
-
-
-def _write_card(trainer: TokenRouterTrainer, report: Report, data: TextData, evaluated_on: str) -> None:
-    static = CardResult(
-        "The same with the static rule, first and newest tokens", report.rows["first and newest tokens"]["kl"], 0.0
-    )
-    trainer.card_facts |= {
-        "results": [*report.card_results("trained router", beside="dense"), static],
-        "evaluated_on": evaluated_on,
-        "datasets": [data.hub_id] if data.hub_id else [],
-        "data": {"name": data.name, "hub_id": data.hub_id},
-    }
-    trainer.create_model_card()
 
 
 if __name__ == "__main__":

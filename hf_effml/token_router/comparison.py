@@ -278,6 +278,7 @@ def score_router(model: TokenRouterModel, windows: Tensor, prompt_length: int, b
             "sparsity": Column("skipped", ".1%", card="Share of the prompt's tokens that skip a block"),
             "flop_ratio": Column("work", ".1%", card="Work of the blocks on the prompt"),
             "kv_ratio": Column("cache", ".1%", card="Keys and values of the prompt"),
+            "static_kl": Column("", card="KL divergence with the static rule, first and newest tokens"),
         },
         notes=[f"Prompts of {prompt_length} tokens are routed, what follows them is scored."],
     )
@@ -285,6 +286,7 @@ def score_router(model: TokenRouterModel, windows: Tensor, prompt_length: int, b
         config = copy_config(model.config, **changes)
         scores = score_continuations(model, windows, prompt_length, batch_size=batch_size, token_router_config=config)
         report.add(name, **asdict(scores), kv_ratio=scores.kv_ratio)
+    report.rows["trained router"]["static_kl"] = report.rows["first and newest tokens"]["kl"]
     return report
 
 
