@@ -14,9 +14,9 @@ _TOLERANCE = 1e-3
 
 @strict
 class TokenRouterConfig(PreTrainedConfig):
-    r"""
-    Configuration of token routing, "FTP: A Fine-grained Token-wise Pruner for Large Language Models via Token Routing"
-    (https://huggingface.co/papers/2412.11494): which tokens skip which decoder blocks of a frozen language model.
+    r"""Configuration of token routing, "FTP: A Fine-grained Token-wise Pruner for Large Language Models via Token
+    Routing" (https://huggingface.co/papers/2412.11494): which tokens skip which decoder blocks of a frozen language
+    model.
 
     Args:
         router_type (`str`, *optional*, defaults to `"one_pass"`):
@@ -29,7 +29,8 @@ class TokenRouterConfig(PreTrainedConfig):
             That share for each block. Uniform over the blocks that are not protected if left out.
         num_protected_first (`int`, *optional*, defaults to 1):
             Blocks at the beginning that are never skipped. The learned routers need one to take scores from.
-        num_protected_last (`int`, *optional*, defaults to 0): Blocks at the end that are never skipped.
+        num_protected_last (`int`, *optional*, defaults to 0):
+            Blocks at the end that are never skipped.
         selection (`str`, *optional*, defaults to `"budget"`):
             `"budget"` keeps exactly as many tokens as the schedule says; `"threshold"` keeps those that a learned
             router would rather keep, so that the sparsity is only steered by training, as in the paper.
@@ -41,23 +42,32 @@ class TokenRouterConfig(PreTrainedConfig):
         decode_policy (`str`, *optional*, defaults to `"threshold"`):
             What generated tokens do: `"threshold"` skips blocks whose sparsity is over `decode_threshold`, all samples
             alike; `"keep"` processes them everywhere.
-        decode_threshold (`float`, *optional*, defaults to 0.5): See `decode_policy`.
+        decode_threshold (`float`, *optional*, defaults to 0.5):
+            See `decode_policy`.
         score_mode (`str`, *optional*, defaults to `"window"`):
             Queries whose attention scores a token: `"window"` the last `score_window`, `"last"` the last one, `"mean"`
             all, which costs a whole attention matrix.
-        score_window (`int`, *optional*, defaults to 32): See `score_mode`.
-        normalize_scores (`bool`, *optional*, defaults to `False`): Multiply scores by the number of tokens.
-        router_hidden_size (`int`, *optional*, defaults to 64): Width of the router.
+        score_window (`int`, *optional*, defaults to 32):
+            See `score_mode`.
+        normalize_scores (`bool`, *optional*, defaults to `False`):
+            Multiply scores by the number of tokens.
+        router_hidden_size (`int`, *optional*, defaults to 64):
+            Width of the router.
         always_keep_first (`int`, *optional*, defaults to 1):
             First tokens of a text that learned routers always keep, inside the budget.
-        always_keep_last (`int`, *optional*, defaults to 1): The same for the last tokens of the prompt.
+        always_keep_last (`int`, *optional*, defaults to 1):
+            The same for the last tokens of the prompt.
         min_tokens (`int`, *optional*, defaults to 64):
             Prompts shorter than this run dense, as there is little to save. On top of a cache, a call with fewer new
             tokens follows `decode_policy`, so that drafts of assisted generation are treated like single tokens.
-        random_seed (`int`, *optional*, defaults to 0): Seed of `router_type="random"`.
-        base_model_name_or_path (`str`, *optional*): The model that the router belongs to.
-        base_model_revision (`str`, *optional*): Its commit or branch.
-        num_hidden_layers (`int`, *optional*): Number of its blocks; filled in when the router is applied.
+        random_seed (`int`, *optional*, defaults to 0):
+            Seed of `router_type="random"`.
+        base_model_name_or_path (`str`, *optional*):
+            The model that the router belongs to.
+        base_model_revision (`str`, *optional*):
+            Its commit or branch.
+        num_hidden_layers (`int`, *optional*):
+            Number of its blocks; filled in when the router is applied.
 
     Raises:
         StrictDataclassError: If a field has the wrong type or an impossible value; the message names both.
@@ -200,8 +210,7 @@ class TokenRouterConfig(PreTrainedConfig):
 
 @strict
 class TokenRouterLlamaConfig(LlamaConfig):
-    r"""
-    Configuration of [`TokenRouterLlamaForCausalLM`]: a Llama's, and the router's.
+    r"""Configuration of [`TokenRouterLlamaForCausalLM`]: a Llama's, and the router's.
 
     Args:
         token_router (`dict`, *optional*):
@@ -216,8 +225,7 @@ class TokenRouterLlamaConfig(LlamaConfig):
 
 @strict
 class TokenRouterQwen2Config(Qwen2Config):
-    r"""
-    Configuration of [`TokenRouterQwen2ForCausalLM`]: a Qwen2's, and the router's.
+    r"""Configuration of [`TokenRouterQwen2ForCausalLM`]: a Qwen2's, and the router's.
 
     Args:
         token_router (`dict`, *optional*):
@@ -232,8 +240,7 @@ class TokenRouterQwen2Config(Qwen2Config):
 
 @strict
 class TokenRouterQwen3Config(Qwen3Config):
-    r"""
-    Configuration of [`TokenRouterQwen3ForCausalLM`]: a Qwen3's, and the router's.
+    r"""Configuration of [`TokenRouterQwen3ForCausalLM`]: a Qwen3's, and the router's.
 
     Args:
         token_router (`dict`, *optional*):

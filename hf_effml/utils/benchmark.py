@@ -24,12 +24,13 @@ _SAMPLE_SECONDS = 0.02
 
 @dataclass
 class Timing:
-    """
-    Times of one function, in milliseconds per call, one entry per round.
+    """Times of one function, in milliseconds per call, one entry per round.
 
     Args:
-        wall (`list[float]`): By the clock.
-        cpu (`list[float]`): Of the process, all threads added.
+        wall (`list[float]`):
+            By the clock.
+        cpu (`list[float]`):
+            Of the process, all threads added.
     """
 
     wall: list[float]
@@ -49,11 +50,11 @@ class Timing:
         return high - low
 
     def speedup(self, of: "Timing") -> float:
-        """
-        How many times as fast as this one `of` is: the median over the rounds, whose two calls ran side by side.
+        """How many times as fast as this one `of` is: the median over the rounds, whose two calls ran side by side.
 
         Args:
-            of ([`Timing`]): From the same call of [`compare`].
+            of ([`Timing`]):
+                From the same call of [`compare`].
 
         Returns:
             `float`: More than 1 if `of` takes less time.
@@ -74,15 +75,19 @@ def compare(
     threads: int = 1,
     tolerance: float = 1e-4,
 ) -> dict[str, Timing]:
-    """
-    Time functions in turn, round after round, once it is certain that they compute the same.
+    """Time functions in turn, round after round, once it is certain that they compute the same.
 
     Args:
-        functions (`Mapping[str, Callable]`): What to time, by name; tensors (or nested lists of them) are returned.
-        agree (`Sequence[Sequence[str]]`): Groups of names whose outputs must agree.
-        rounds (`int`, *optional*, defaults to 7): Samples per function, after a warm-up of two calls.
-        threads (`int`, *optional*, defaults to 1): Threads of torch meanwhile; restored afterwards.
-        tolerance (`float`, *optional*, defaults to 1e-4): Largest difference over the largest magnitude.
+        functions (`Mapping[str, Callable]`):
+            What to time, by name; tensors (or nested lists of them) are returned.
+        agree (`Sequence[Sequence[str]]`):
+            Groups of names whose outputs must agree.
+        rounds (`int`, *optional*, defaults to 7):
+            Samples per function, after a warm-up of two calls.
+        threads (`int`, *optional*, defaults to 1):
+            Threads of torch meanwhile; restored afterwards.
+        tolerance (`float`, *optional*, defaults to 1e-4):
+            Largest difference over the largest magnitude.
 
     Returns:
         `dict[str, Timing]`: By name.
@@ -118,12 +123,13 @@ def compare(
 
 
 def check_agreement(outputs: Mapping[str, Any], tolerance: float) -> None:
-    """
-    Refuse outputs that are not the same up to rounding.
+    """Refuse outputs that are not the same up to rounding.
 
     Args:
-        outputs (`Mapping[str, Any]`): Tensors, or nested lists of them, by name; all are compared with the first.
-        tolerance (`float`): Largest difference allowed, relative to the largest magnitude in the first one's tensor.
+        outputs (`Mapping[str, Any]`):
+            Tensors, or nested lists of them, by name; all are compared with the first.
+        tolerance (`float`):
+            Largest difference allowed, relative to the largest magnitude in the first one's tensor.
 
     Raises:
         RuntimeError: If two differ by more, in shape, or one is not finite.
@@ -144,15 +150,16 @@ def check_agreement(outputs: Mapping[str, Any], tolerance: float) -> None:
 
 
 def peak_memory(function: Callable[[], Any], device: str | torch.device = "cpu") -> int:
-    """
-    Largest amount of tensor memory that a call holds beyond what was held before it.
+    """Largest amount of tensor memory that a call holds beyond what was held before it.
 
     On a CPU every allocation and release of torch is counted, also those inside of operators, as the profiler sees
     them; CUDA keeps the count itself.
 
     Args:
-        function (`Callable`): What to call; once as a warm-up, once for the measurement.
-        device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): Where the memory is.
+        function (`Callable`):
+            What to call; once as a warm-up, once for the measurement.
+        device (`str` or `torch.device`, *optional*, defaults to `"cpu"`):
+            Where the memory is.
 
     Returns:
         `int`: Bytes.
@@ -183,14 +190,17 @@ def peak_memory(function: Callable[[], Any], device: str | torch.device = "cpu")
 
 
 def describe_run(*, seed: int, rounds: int, threads: int = 1, device: str | torch.device = "cpu") -> dict[str, Any]:
-    """
-    What a reader needs to judge or repeat a measurement.
+    """What a reader needs to judge or repeat a measurement.
 
     Args:
-        seed (`int`): Of inputs and weights.
-        rounds (`int`): As for [`compare`].
-        threads (`int`, *optional*, defaults to 1): As for [`compare`].
-        device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): Where it runs.
+        seed (`int`):
+            Of inputs and weights.
+        rounds (`int`):
+            As for [`compare`].
+        threads (`int`, *optional*, defaults to 1):
+            As for [`compare`].
+        device (`str` or `torch.device`, *optional*, defaults to `"cpu"`):
+            Where it runs.
 
     Returns:
         `dict[str, Any]`: Machine, its load at the moment, versions, commit and the arguments; JSON-plain.
@@ -213,11 +223,11 @@ def describe_run(*, seed: int, rounds: int, threads: int = 1, device: str | torc
 
 
 def one_line(run: Mapping[str, Any]) -> str:
-    """
-    The most important of what [`describe_run`] returned, to print under a table.
+    """The most important of what [`describe_run`] returned, to print under a table.
 
     Args:
-        run (`Mapping[str, Any]`): From [`describe_run`].
+        run (`Mapping[str, Any]`):
+            From [`describe_run`].
 
     Returns:
         `str`: One line.
@@ -230,12 +240,11 @@ def one_line(run: Mapping[str, Any]) -> str:
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """
-    Rows as a Markdown table.
+    """Rows as a Markdown table.
 
     Args:
-        rows (`Sequence[Mapping[str, Any]]`): One mapping per line; its keys, in the order in which they first appear,
-            are the columns.
+        rows (`Sequence[Mapping[str, Any]]`):
+            One mapping per line; its keys, in the order in which they first appear, are the columns.
 
     Returns:
         `str`: The table, without a line break at the end.
@@ -247,14 +256,17 @@ def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def write_report(folder: str | Path, name: str, results: Mapping[str, Any], tables: Sequence[str]) -> Path:
-    """
-    Write a benchmark's results as `<name>.json` and its tables as `<name>.md`.
+    """Write a benchmark's results as `<name>.json` and its tables as `<name>.md`.
 
     Args:
-        folder (`str` or `Path`): Where to; made if it is not there.
-        name (`str`): Of the files.
-        results (`Mapping[str, Any]`): JSON-plain.
-        tables (`Sequence[str]`): Markdown.
+        folder (`str` or `Path`):
+            Where to; made if it is not there.
+        name (`str`):
+            Of the files.
+        results (`Mapping[str, Any]`):
+            JSON-plain.
+        tables (`Sequence[str]`):
+            Markdown.
 
     Returns:
         `Path`: The Markdown file.

@@ -148,11 +148,11 @@ class ImageData:
 
 
 def load_image_processor(name_or_path: str) -> Any:
-    """
-    Load the image processor that lies beside a model, also where an older Transformers misses torchvision.
+    """Load the image processor that lies beside a model, also where an older Transformers misses torchvision.
 
     Args:
-        name_or_path (`str`): Folder or Hub id of a model.
+        name_or_path (`str`):
+            Folder or Hub id of a model.
 
     Returns:
         `BaseImageProcessor`: what `AutoImageProcessor` finds.
