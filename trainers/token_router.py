@@ -144,18 +144,7 @@ class TokenRouterTrainer(EffMLTrainer):
     ) -> Any:
         """Computes the mean loss of a batch; in evaluation it is the distance from the dense model.
 
-        Args:
-            model (`nn.Module`):
-                The model in training, maybe wrapped.
-            inputs (`dict`):
-                A batch.
-            return_outputs (`bool`, *optional*, defaults to `False`):
-                Also return what the routed model put out.
-            num_items_in_batch (`int`, *optional*):
-                Not needed: the loss is a mean.
-
-        Returns:
-            `Tensor`: the loss, or a tuple of it and the outputs.
+        Arguments and result are those of [`~transformers.Trainer.compute_loss`], the outputs those of the routed model.
         """
         texts: dict[str, Any] = {name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs}
         real = texts.get("attention_mask", torch.ones_like(texts["input_ids"])).bool()

@@ -188,14 +188,7 @@ class DistilledSetFolder(FolderKind):
 
 
 class DistilledModelFolder(ModelFolder):
-    """A synthetic set as the model that it is trained as.
-
-    Args:
-        folder (`Path`):
-            The folder.
-        facts (`dict`, *optional*):
-            As for [`~hf_effml.hub.ModelFolder`].
-    """
+    """A synthetic set as the model that it is trained as. Arguments are those of [`~hf_effml.hub.ModelFolder`]."""
 
     @classmethod
     def recognises(cls, folder: Path, config: Mapping[str, Any]) -> bool:

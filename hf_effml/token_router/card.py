@@ -14,14 +14,7 @@ _REPORT = "print(model.routing_report)"
 
 
 class FullCheckpointFolder(ModelFolder):
-    """A language model that has its router within.
-
-    Args:
-        folder (`Path`):
-            The folder.
-        facts (`dict`, *optional*):
-            As for [`~hf_effml.hub.ModelFolder`].
-    """
+    """A language model that has its router within. Arguments are those of [`~hf_effml.hub.ModelFolder`]."""
 
     def __init__(self, folder: Path, **facts: Any):
         super().__init__(folder, **facts)
@@ -58,14 +51,7 @@ class FullCheckpointFolder(ModelFolder):
 
 
 class RouterFolder(FullCheckpointFolder):
-    """A router without the language model it works in.
-
-    Args:
-        folder (`Path`):
-            The folder.
-        facts (`dict`, *optional*):
-            As for [`~hf_effml.hub.ModelFolder`].
-    """
+    """A router without the language model it works in. Arguments are those of [`~hf_effml.hub.ModelFolder`]."""
 
     @classmethod
     def recognises(cls, folder: Path, config: Mapping[str, Any]) -> bool:
