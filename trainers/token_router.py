@@ -144,7 +144,7 @@ class TokenRouterTrainer(EffMLTrainer):
     ) -> Any:
         """Computes the mean loss of a batch; in evaluation it is the distance from the dense model.
 
-        Arguments and result are those of [`~transformers.Trainer.compute_loss`], the outputs those of the routed model.
+        Arguments and result are those of [`~transformers.Trainer.compute_loss`], outputs those of the routed model.
         """
         texts: dict[str, Any] = {name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs}
         real = texts.get("attention_mask", torch.ones_like(texts["input_ids"])).bool()
