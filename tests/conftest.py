@@ -27,7 +27,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch  # noqa: E402
 
-from helpers import require_package  # noqa: E402
+from helpers import colours, require_package  # noqa: E402
 
 
 REPOSITORY = Path(__file__).parents[1]
@@ -79,24 +79,9 @@ def digits() -> tuple[list[dict], list[dict]]:
 
 
 @pytest.fixture(scope="session")
-def expert_bank(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
-    """Real images of 8 pixels and three classes, 60 to train on, and a bank of three experts with epochs 0 to 8."""
-    from hf_effml import ConvNetConfig, ExpertTrainer, ExpertTrainingArguments, TrajectoryBank
-    from hf_effml.distillation.image_processing_zca import ZCAImageProcessor
-    from hf_effml.distillation.real_images import RealImageData, RealImages
-
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.arange(90) % 3
-    images = torch.rand(3, 3, 8, 8, generator=generator)[labels]
-    images = (images + 0.4 * torch.rand(90, 3, 8, 8, generator=generator)) / 1.4
-    processor = ZCAImageProcessor.from_images(images[:60])
-    real = RealImages(processor.whiten(images), labels, ["red", "green", "blue"])
-    data = RealImageData("colours", *(real.subset(range(*part)) for part in ((60,), (60, 75), (75, 90))), processor)
-    config = ConvNetConfig(image_size=8, depth=2, hidden_size=4, num_labels=3)
-    folder = str(tmp_path_factory.mktemp("bank"))
-    settings = {"train_batch_size": 20, "learning_rate": 0.05, "disable_tqdm": True, "device": "cpu", "seed": 1}
-    ExpertTrainer(config, ExpertTrainingArguments(folder, num_experts=3, num_train_epochs=8, **settings), data).train()
-    return data, TrajectoryBank.from_pretrained(folder)
+def expert_bank() -> tuple[Any, Any]:
+    """See `colours`."""
+    return colours()
 
 
 @pytest.fixture

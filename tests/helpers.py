@@ -1,6 +1,8 @@
 """Comparisons and builders that tests share."""
 
+import os
 from collections.abc import Iterator, Sequence
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -87,6 +89,26 @@ def texts(batch: int, tokens: int, padding: Sequence[int] = (), seed: int = 0) -
     for sample, columns in enumerate(padding):
         mask[sample, :columns] = 0
     return ids * mask, mask
+
+
+@cache
+def colours() -> tuple[Any, Any]:
+    """Real images of 8 pixels and three classes, 60 to train on, and a bank of three experts with epochs 0 to 8."""
+    from hf_effml import ConvNetConfig, ExpertTrainer, ExpertTrainingArguments, TrajectoryBank, ZCAImageProcessor
+    from hf_effml.distillation.real_images import RealImageData, RealImages
+
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(90) % 3
+    images = torch.rand(3, 3, 8, 8, generator=generator)[labels]
+    images = (images + 0.4 * torch.rand(90, 3, 8, 8, generator=generator)) / 1.4
+    processor = ZCAImageProcessor.from_images(images[:60])
+    real = RealImages(processor.whiten(images), labels, ["red", "green", "blue"])
+    data = RealImageData("colours", *(real.subset(range(*part)) for part in ((60,), (60, 75), (75, 90))), processor)
+    config = ConvNetConfig(image_size=8, depth=2, hidden_size=4, num_labels=3)
+    folder = str(Path(os.environ["HF_HOME"]) / "expert-bank")
+    settings = {"train_batch_size": 20, "learning_rate": 0.05, "disable_tqdm": True, "device": "cpu", "seed": 1}
+    ExpertTrainer(config, ExpertTrainingArguments(folder, num_experts=3, num_train_epochs=8, **settings), data).train()
+    return data, TrajectoryBank.from_pretrained(folder)
 
 
 def randomized(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:

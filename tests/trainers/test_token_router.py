@@ -1,14 +1,11 @@
 """Training a router: what it learns and leaves alone, what is saved, and that resuming equals going on."""
 
-import dataclasses
 import os
 import re
 import signal
 
 import pytest
 import torch
-from accelerate import debug_launcher
-from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -218,35 +215,6 @@ def test_killed_and_resumed_equals_straight(tmp_path):
         assert sum(tensor.numel() for tensor in found.values()) == 450
 
 
-def test_gradient_accumulation(tmp_path):
-    options = {"optim": "sgd", "learning_rate": 0.1, "max_steps": 2}
-    whole = make_trainer(tmp_path, **options)
-    whole.train()
-    split = make_trainer(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=4, **options)
-    split.train()
-    start = router_of(routed())
-    assert_close(router_of(split.model), router_of(whole.model), 1e-5)
-    assert any(not torch.equal(value, start[name]) for name, value in router_of(whole.model).items())
-
-
-def test_two_processes_equal_one(tmp_path):
-    options = {"optim": "sgd", "learning_rate": 0.1, "max_steps": 2}
-    alone = make_trainer(tmp_path / "one", **options)
-    alone.train()
-    expected = router_of(alone.model)
-
-    def in_each_process():
-        torch.set_num_threads(1)
-        trainer = make_trainer(tmp_path / "two", per_device_train_batch_size=4, **options)
-        assert trainer.args.world_size == 2
-        trainer.train()
-        torch.save(router_of(trainer.model), tmp_path / f"process-{trainer.args.process_index}.pt")
-
-    debug_launcher(in_each_process, num_processes=2)
-    for process in (0, 1):
-        assert_close(torch.load(tmp_path / f"process-{process}.pt"), expected, 1e-5)
-
-
 @pytest.mark.parametrize("router_type", ["one_pass", "dynamic"])
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 def test_gradient_checkpointing(tmp_path, router_type):
@@ -353,27 +321,6 @@ def test_teacher_has_no_adapters(tmp_path):
     with torch.no_grad(), trainer._teaching(model):
         assert_close(model(given).logits, base()(given).logits)
     assert model.training
-
-
-def test_card(tmp_path):
-    trainer = make_trainer(tmp_path)
-    trainer.train()
-    trainer.save_model()
-    trainer.create_model_card()
-    text = (tmp_path / "README.md").read_text()
-    for placeholder in (r"(?i)more information needed", r"\{\{|\}\}|\{%", r"\]\(\s*\)", r"\bNone\b", r"\bnan\b"):
-        assert not re.search(placeholder, text), placeholder
-    card = ModelCard.load(tmp_path / "README.md")
-    assert card.data.pipeline_tag == "text-generation" and card.data.library_name == "transformers"
-    assert "arxiv:2412.11494" in card.data.tags and str(tmp_path) not in text
-
-
-def test_arguments_are_documented():
-    inherited = {field.name for field in dataclasses.fields(TokenRouterTrainingArguments.__mro__[1])}
-    for field in dataclasses.fields(TokenRouterTrainingArguments):
-        if field.name not in inherited:
-            assert f"        {field.name} (" in TokenRouterTrainingArguments.__doc__, field.name
-            assert field.metadata["help"]
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,8 @@
 
 import copy
 import math
-import multiprocessing
 import os
 import shutil
-import signal
 
 import pytest
 import torch
@@ -122,42 +120,6 @@ def test_arguments_that_must_not_matter(distil, expert_bank):
     evaluations = [entry for entry in busy.state.log_history if "eval_accuracy" in entry]
     assert [entry["step"] for entry in evaluations] == [0, 2, 4]
     assert all(0 <= entry["eval_accuracy"] <= 1 and "eval_accuracy_std" in entry for entry in evaluations)
-
-
-class KillAt(TrainerCallback):
-    """Ends the process as a power cut would."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
-@pytest.mark.parametrize("method", ["TrajectoryMatching", "EDF"])
-def test_a_killed_run_goes_on_as_if_nothing_had_been(distil, tmp_path, method):
-    """A range that grows, a small batch first, a skipped step and, for EDF, maps from before the cut."""
-    options = {"max_steps": 7, "save_strategy": "steps", "save_steps": 2, "loss_threshold": 0.93}
-    options |= {"initial_max_start_epoch": 1, "expansion_steps": 5}
-    options |= {"cam_interval": 3} if method == "EDF" else {}
-    straight = distil(method, "straight", logging_steps=1, **options)
-    expected = trained(straight)
-    matched = [entry["matched"] for entry in straight.state.log_history if "matched" in entry]
-    assert 0 < sum(matched) < 7, "a threshold that some steps exceed shows more"
-
-    def run_until_killed():
-        torch.set_num_threads(1)
-        distil(method, "cut", callbacks=[KillAt(5)], **options).train()
-
-    process = multiprocessing.get_context("fork").Process(target=run_until_killed)
-    process.start()
-    process.join(300)
-    assert process.exitcode == -signal.SIGKILL
-    assert_close(trained(distil(method, "cut", **options), resume=True), expected)
-    for step in (2, 6):
-        folder = str(tmp_path / "straight" / f"checkpoint-{step}")
-        assert_close(trained(distil(method, f"from-{step}", **options), resume=folder), expected)
 
 
 def test_processes_batch_and_accumulation_are_the_same(distil, tmp_path):
