@@ -72,10 +72,9 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
     protocol = get_protocol(args.protocol, **({} if args.epochs is None else {"epochs": args.epochs}))
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     found = load_distilled(args.set)
-    if args.bank is not None:
-        bank = TrajectoryBank.from_pretrained(args.bank)
-    else:
-        bank = find_bank(found.info, args.set) if args.baselines else None
+    bank = None if args.bank is None else TrajectoryBank.from_pretrained(args.bank)
+    if bank is None and args.baselines:
+        bank = find_bank(found.info, args.set)
     data = find_images(found, bank, args.data, args.set)
     reports = cross_architecture(
         found.training_set,

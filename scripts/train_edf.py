@@ -9,8 +9,9 @@ from typing import Any
 
 from hf_effml import EDFTrainer, EDFTrainingArguments, TrajectoryBank
 from hf_effml.cli.parsing import parse_arguments, run_script
+from hf_effml.cli.recipes import read_recipes
 from hf_effml.distillation.edf import IMAGENET_SUBSETS
-from hf_effml.scripts._distillation import SetArguments, distil, load_bank, show_cost
+from hf_effml.trainers.distillation import SetArguments, distil, estimate_run, load_bank
 
 
 @dataclass
@@ -44,10 +45,15 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
         program=__file__,
         description=__doc__,
     )
-    bank = load_bank(script, args)
+    bank = load_bank(script, args, read_recipes("expert"))
     if script.dry_run:
-        return show_cost(script, args, bank)
-    return distil(EDFTrainer, script, args, bank, **_map_network(maps, bank))
+        cost = estimate_run(script, args, bank)
+        print(cost.as_markdown())
+        return cost.facts
+    found = distil(EDFTrainer, script, args, bank, **_map_network(maps, bank))
+    if found.is_main_process:
+        print(f"\n{found.as_text()}")
+    return found.results()
 
 
 def _map_network(maps: MapArguments, bank: TrajectoryBank) -> dict[str, Any]:

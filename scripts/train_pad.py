@@ -7,22 +7,24 @@ import sys
 
 from hf_effml import PADTrainer, PADTrainingArguments
 from hf_effml.cli.parsing import parse_arguments, run_script
-from hf_effml.scripts._distillation import SetArguments, distil, load_bank, show_cost
+from hf_effml.cli.recipes import read_recipes
+from hf_effml.trainers.distillation import SetArguments, distil, estimate_run, load_bank
 
 
 def main(argv: list[str] | None = None) -> dict[str, object]:
     """Runs the program with the arguments `argv` (the command line's when None) and returns its results."""
     script, args = parse_arguments(
-        SetArguments,
-        PADTrainingArguments,
-        argv=argv,
-        program=__file__,
-        description=__doc__,
+        SetArguments, PADTrainingArguments, argv=argv, program=__file__, description=__doc__
     )
-    bank = load_bank(script, args)
+    bank = load_bank(script, args, read_recipes("expert"))
     if script.dry_run:
-        return show_cost(script, args, bank)
-    return distil(PADTrainer, script, args, bank)
+        cost = estimate_run(script, args, bank)
+        print(cost.as_markdown())
+        return cost.facts
+    found = distil(PADTrainer, script, args, bank)
+    if found.is_main_process:
+        print(f"\n{found.as_text()}")
+    return found.results()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from helpers import require_package
 from hf_effml import DistilledDatasetModel, TrajectoryBank, load_distilled
 from hf_effml.hub.cards import CARD_NAME
 from hf_effml.scripts import (
-    _distillation,
     bench_distillation,
     experiment_distillation,
     train_datm,
@@ -18,6 +17,7 @@ from hf_effml.scripts import (
     train_expert,
     train_pad,
 )
+from hf_effml.trainers import distillation
 
 
 SHORT = [
@@ -62,8 +62,8 @@ def test_dry_run_computes_nothing(bank, tmp_path, capsys):
 
 def test_last_step_is_reported_beside_the_selected_one(bank, tmp_path, monkeypatch):
     found = {}
-    evaluate = _distillation.evaluate_distilled
-    monkeypatch.setattr(_distillation, "evaluate_distilled", lambda *a, **k: found.update(k) or evaluate(*a, **k))
+    evaluate = distillation.evaluate_distilled
+    monkeypatch.setattr(distillation, "evaluate_distilled", lambda *a, **k: found.update(k) or evaluate(*a, **k))
     argv = [
         "--bank",
         bank,

@@ -1,29 +1,27 @@
-"""What the programs share that distil a data set: experts, images, the training, and the honest test at its end."""
+"""A whole distillation: the experts, the set, the honest test at its end, model and data set with their cards."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from hf_effml import (
-    DistilledDatasetModel,
-    RealImageData,
-    TrajectoryBank,
-    TrajectoryMatchingTrainer,
-    TrajectoryMatchingTrainingArguments,
-    distilled_from_real,
-    estimate_cost,
-    evaluate_distilled,
-)
+from hf_effml.distillation.bank.initialization import distilled_from_real
+from hf_effml.distillation.bank.trajectories import TrajectoryBank
+from hf_effml.distillation.cost import estimate_cost
+from hf_effml.distillation.evaluation.measure import evaluate_distilled
 from hf_effml.distillation.evaluation.protocols import get_protocol
-from hf_effml.distillation.real_images import reload_real_images
-from hf_effml.hub import CardResult
-from hf_effml.utils.benchmark import markdown_table
+from hf_effml.distillation.evaluation.report import EvaluationReport
+from hf_effml.distillation.modeling_distilled_dataset import DistilledDatasetModel
+from hf_effml.distillation.real_images import RealImageData, reload_real_images
 from hf_effml.utils.imports import require
+from hf_effml.utils.report import Column, Report
+
+from .expert_bank import train_bank
+from .trajectory_matching import TrajectoryMatchingTrainer
+from .trajectory_matching_arguments import TrajectoryMatchingTrainingArguments
 
 
-if TYPE_CHECKING:
-    from hf_effml import EvaluationReport
+__all__ = ["Distilled", "SetArguments", "distil", "estimate_run", "load_bank"]
 
 
 @dataclass
@@ -67,7 +65,7 @@ class SetArguments:
     dry_run: bool = field(default=False, metadata={"help": "Only say what it needs in memory and arithmetic."})
 
     def config_fields(self) -> dict[str, Any]:
-        """The fields of a `DistilledDatasetConfig` among them."""
+        """The fields of a [`DistilledDatasetConfig`] among them."""
         return {
             "initial_lr": self.initial_lr,
             "augmentation_strategy": self.augmentation,
@@ -75,7 +73,49 @@ class SetArguments:
         }
 
 
-def load_bank(script: SetArguments, args: TrajectoryMatchingTrainingArguments) -> TrajectoryBank:
+@dataclass
+class Distilled:
+    """What a distillation has made.
+
+    Args:
+        folder (`Path`):
+            The published set.
+        steps (`int`):
+            Steps of the distillation.
+        learning_rate (`float`):
+            The learned step size.
+        reports (`list[EvaluationReport]`):
+            The test at the end; empty if it was left out.
+        is_main_process (`bool`):
+            Whether this process is the one to speak.
+    """
+
+    folder: Path
+    steps: int
+    learning_rate: float
+    reports: list[EvaluationReport]
+    is_main_process: bool
+
+    def results(self) -> dict[str, Any]:
+        """What a program returns, JSON-plain."""
+        found: dict[str, Any] = {"output_dir": str(self.folder.parent), "steps": self.steps, "lr": self.learning_rate}
+        for report in self.reports if self.is_main_process else ():
+            accuracies = {key: measured.mean for key, measured in report.accuracies.items()}
+            found |= {"accuracy": report.accuracy, "accuracies": accuracies}
+        return found
+
+    def as_text(self) -> str:
+        """What a program prints in the end."""
+        tables = [report.as_report().as_markdown() for report in self.reports]
+        # By its file: of a folder with a card `datasets` caches the first content and gives it back ever after.
+        load = f'load_dataset("parquet", data_files="{self.folder}/data/*.parquet", split="train")'
+        wrote = f"Wrote {self.folder}, with a picture and a card. To load it, or to push it as a data set:"
+        return "\n\n".join([*tables, f"{wrote}\n{load}\nhf-effml push {self.folder} USER/NAME"])
+
+
+def load_bank(
+    script: SetArguments, args: TrajectoryMatchingTrainingArguments, recipes: Mapping[str, Mapping[str, Any]]
+) -> TrajectoryBank:
     """Loads the experts, training them first if need be; what an earlier run has left is used or continued.
 
     Args:
@@ -83,6 +123,8 @@ def load_bank(script: SetArguments, args: TrajectoryMatchingTrainingArguments) -
             Where they are, or how they are made.
         args ([`TrajectoryMatchingTrainingArguments`]):
             Where the run writes.
+        recipes (`Mapping[str, Mapping]`):
+            Those of `hf-effml train expert`.
 
     Returns:
         [`TrajectoryBank`]
@@ -97,15 +139,13 @@ def load_bank(script: SetArguments, args: TrajectoryMatchingTrainingArguments) -
             "There are no experts to match. Give a bank with `--bank FOLDER`, or the recipe that trains one with "
             "`--bank_recipe smoke`."
         )
-    from hf_effml.scripts import train_expert
-
-    folder = str(Path(args.output_dir, "bank"))
-    train_expert.main(["--recipe", script.bank_recipe, "--output_dir", folder])
-    return TrajectoryBank.from_pretrained(folder)
+    if script.bank_recipe not in recipes:
+        raise ValueError(f"`bank_recipe` must be one of {', '.join(recipes)}; got {script.bank_recipe!r}.")
+    return train_bank(recipes[script.bank_recipe], str(Path(args.output_dir, "bank")))
 
 
-def show_cost(script: SetArguments, args: TrajectoryMatchingTrainingArguments, bank: TrajectoryBank) -> dict[str, Any]:
-    """Prints what a run needs, beside what the published code would need for the same.
+def estimate_run(script: SetArguments, args: TrajectoryMatchingTrainingArguments, bank: TrajectoryBank) -> Report:
+    """Says what a run needs, beside what the published code would need for the same.
 
     Args:
         script (`SetArguments`):
@@ -116,7 +156,7 @@ def show_cost(script: SetArguments, args: TrajectoryMatchingTrainingArguments, b
             The experts.
 
     Returns:
-        `dict[str, Any]`: the numbers, by name.
+        [`~hf_effml.utils.report.Report`]: the numbers are among its facts, by name.
     """
     labels = bank.metadata["dataset"]["label_names"]
     channels, height, width = bank.metadata["dataset"]["image_shape"]
@@ -132,10 +172,11 @@ def show_cost(script: SetArguments, args: TrajectoryMatchingTrainingArguments, b
         kept_snapshots=args.max_start_epoch - args.min_start_epoch + args.expert_epochs,
         iterations=args.max_steps,
     )
-    row = cost.as_row()
-    print(markdown_table([{"what": name.replace("_", " "), "value": value} for name, value in row.items()]))
-    print("Gigabytes are those of one process; a graph of all steps is what the published code keeps.")
-    return row
+    report = Report("cost", {"value": Column("value")}, facts=dict(cost.as_row()))
+    for name, value in cost.as_row().items():
+        report.add(name.replace("_", " "), value=value)
+    report.notes.append("Gigabytes are those of one process; a graph of all steps is what the published code keeps.")
+    return report
 
 
 def distil(
@@ -144,8 +185,8 @@ def distil(
     args: TrajectoryMatchingTrainingArguments,
     bank: TrajectoryBank,
     **options: Any,
-) -> dict[str, Any]:
-    """Distils, tests once on the test images, writes model and data set, and prints the table.
+) -> Distilled:
+    """Distils, tests once on the test images, and writes model and data set with their cards.
 
     Args:
         trainer_class (`type`):
@@ -160,73 +201,49 @@ def distil(
             Further arguments of the trainer.
 
     Returns:
-        `dict[str, Any]`: the program's results.
+        [`Distilled`]
     """
     # What the end needs is asked for before hours of work.
     require("datasets")
     data = reload_real_images(bank.metadata["dataset"].get("arguments"), bank.image_processor, script.data)
-    model = distilled_from_real(
-        data,
-        bank,
-        script.images_per_class,
-        method=script.initialization,
-        seed=args.seed,
-        device=args.device,
-        **script.config_fields(),
-    )
+    how = {"method": script.initialization, "seed": args.seed, "device": args.device, **script.config_fields()}
+    model = distilled_from_real(data, bank, script.images_per_class, **how)
     initial = DistilledDatasetModel(model.config).set_content(model.images, model.labels, model.lr)
     trainer = trainer_class(model, args, bank=bank, eval_dataset=data.validation, **options)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
-    results: dict[str, Any] = {"output_dir": args.output_dir, "steps": trainer.state.global_step}
-    results["lr"] = trainer.accelerator.unwrap_model(trainer.model).lr.item()
-    reports = _test(script, args, trainer, data, bank, initial)
+    reports = _test(script, trainer, data, initial) if script.test_seeds else []
     folder = trainer.save_dataset(reports=reports, license=script.license)
-    if not trainer.is_world_process_zero():
-        return results
     # What the evaluations during training measured served to choose, and is no result.
     trainer.card_facts |= {
-        "results": [CardResult(*row) for report in reports for row in report.card_results()],
+        "results": [result for report in reports for result in report.card_results()],
         "evaluated_on": f"the test images of {data.name}",
         "datasets": [data.hub_id] if data.hub_id else [],
         "license": script.license,
     }
     trainer.create_model_card()
-    for report in reports:
-        print(f"\n{markdown_table(report.rows())}")
-        results |= {"accuracy": report.accuracy, "accuracies": {k: v.mean for k, v in report.accuracies.items()}}
-    print(f"\nWrote {folder}, with a picture and a card. To load it, or to push it as a data set:")
-    # By its file: of a folder with a card `datasets` caches the first content and gives it back ever after.
-    print(f'load_dataset("parquet", data_files="{folder}/data/*.parquet", split="train")')
-    print(f"hf-effml push {folder} USER/NAME")
-    return results
+    own = trainer.accelerator.unwrap_model(trainer.model)
+    return Distilled(folder, trainer.state.global_step, own.lr.item(), reports, trainer.is_world_process_zero())
 
 
 def _test(
-    script: SetArguments,
-    args: TrajectoryMatchingTrainingArguments,
-    trainer: TrajectoryMatchingTrainer,
-    data: RealImageData,
-    bank: TrajectoryBank,
-    initial: DistilledDatasetModel,
-) -> "list[EvaluationReport]":
+    script: SetArguments, trainer: TrajectoryMatchingTrainer, data: RealImageData, initial: DistilledDatasetModel
+) -> list[EvaluationReport]:
     """The only look at the test images: the selected set beside its baselines."""
-    if not script.test_seeds:
-        return []
-    changes: Mapping[str, Any] = {} if script.test_epochs is None else {"epochs": script.test_epochs}
+    changes = {} if script.test_epochs is None else {"epochs": script.test_epochs}
     return [
         evaluate_distilled(
             trainer.accelerator.unwrap_model(trainer.model),
-            bank.student_config,
+            trainer.bank.student_config,
             data.test,
             protocol=get_protocol(script.test_protocol, **changes),
             seeds=range(script.test_seeds),
             real=data.train,
-            bank=bank,
+            bank=trainer.bank,
             initial=initial,
             last=_last_step(trainer),
             full_epochs=script.full_epochs,
-            device=args.device,
+            device=trainer.args.device,
         )
     ]
 
