@@ -3,7 +3,6 @@
 Example: `python scripts/experiment_distillation.py --recipe digits --output_dir experiments`
 """
 
-import statistics
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -34,7 +33,8 @@ from hf_effml.cli.parsing import parse_arguments, run_script
 from hf_effml.distillation.difficulty import easy_to_hard
 from hf_effml.distillation.evaluation.protocols import get_protocol
 from hf_effml.distillation.evaluation.students import student_by_name
-from hf_effml.utils.benchmark import describe_run, markdown_table, write_report
+from hf_effml.utils.benchmark import describe_run
+from hf_effml.utils.report import Column, Report
 
 
 BASELINES = {
@@ -94,38 +94,25 @@ METHODS: dict[str, tuple[type, type, dict[str, Any]]] = {
 
 def main(argv: list[str] | None = None) -> dict[str, object]:
     """Runs the program with the arguments `argv` (the command line's when None) and returns its results."""
-    (args,) = parse_arguments(
-        ExperimentArguments,
-        argv=argv,
-        program=__file__,
-        description=__doc__,
-    )
+    (args,) = parse_arguments(ExperimentArguments, argv=argv, program=__file__, description=__doc__)
     torch.set_num_threads(1)
-    found: dict[str, list[float]] = {}
+    report = Report(args.name, {"accuracy": Column("test accuracy", ".1%"), "students": Column("students")})
+    report.facts["arguments"] = {name: value for name, value in vars(args).items() if name != "output_dir"}
     for seed in args.seeds:
+        report.facts["run"] = describe_run(seed=seed, rounds=1)
         for name, accuracies in _run_seed(args, seed):
-            found.setdefault(name, []).extend(accuracies)
+            accuracies = [*report.rows.get(name, {}).get("accuracy", ()), *accuracies]
+            report.add(name, accuracy=accuracies, students=len(accuracies))
             # Written as it goes: what is done is not lost.
-            results = [_row(*entry) for entry in found.items()]
-            settings = {name: value for name, value in vars(args).items() if name != "output_dir"}
-            run = {"arguments": settings, "run": describe_run(seed=seed, rounds=1)}
-            report = write_report(
-                args.output_dir, args.name, run | {"rows": results}, [markdown_table(_shown(results))]
-            )
-    print(f"\n{report.read_text(encoding='utf-8')}\nWrote {report} and {report.with_suffix('.json').name}.")
-    return {"rows": results}
+            written = report.save(args.output_dir)
+    print(f"\n{report.as_markdown()}\n\nWrote {written} and {written.with_suffix('.json').name}.")
+    return report.as_dict()
 
 
 def _run_seed(args: ExperimentArguments, seed: int) -> Iterator[tuple[str, list[float]]]:
     """Every way and the accuracies of its students, one after the other."""
-    data = load_real_images(
-        args.data,
-        image_size=args.image_size,
-        whiten=args.whiten,
-        max_train=args.max_train,
-        max_test=args.max_test,
-        seed=seed,
-    )
+    sizes = {name: getattr(args, name) for name in ("image_size", "whiten", "max_train", "max_test")}
+    data = load_real_images(args.data, seed=seed, **sizes)
     bank = _train_bank(args, data, seed, curriculum=False)
     initial = distilled_from_real(data, bank, args.images_per_class, seed=seed)
     measured = _measure(args, initial, data, bank, baselines=True)
@@ -141,26 +128,14 @@ def _train_bank(args: ExperimentArguments, data: RealImageData, seed: int, curri
     channels, *size = data.train.images.shape[1:]
     config = student_by_name(args.student, (size[0], size[1]), channels, data.num_labels)
     folder = Path(args.output_dir, f"{args.name}-bank-{seed}{'-curriculum' if curriculum else ''}")
+    rates = {"learning_rate": args.learning_rate, "seed": seed}
     settings = ExpertTrainingArguments(
-        output_dir=str(folder),
-        num_experts=args.num_experts,
-        num_train_epochs=args.epochs,
-        train_batch_size=args.batch_size,
-        learning_rate=args.learning_rate,
-        eval_epochs=args.epochs,
-        seed=seed,
+        str(folder), args.num_experts, args.epochs, args.batch_size, eval_epochs=args.epochs, **rates
     )
     if not curriculum:
         return ExpertTrainer(config, settings, data).train()
-    scores = score_difficulty(
-        data.train,
-        config,
-        n_runs=5,
-        epoch=max(1, args.epochs // 2),
-        seed=seed,
-        learning_rate=args.learning_rate,
-        batch_size=args.batch_size,
-    )
+    half = max(1, args.epochs // 2)
+    scores = score_difficulty(data.train, config, n_runs=5, epoch=half, batch_size=args.batch_size, **rates)
     # The paper's schedule of 100 epochs, as far as these go.
     first, last = max(1, round(0.2 * args.epochs)), max(2, round(0.6 * args.epochs))
     schedule = DataCurriculum(add_end_epoch=first, remove=((max(first, round(0.4 * args.epochs)), 0.1), (last, 0.2)))
@@ -171,21 +146,11 @@ def _distil(
     args: ExperimentArguments, method: str, data: RealImageData, bank: TrajectoryBank, seed: int
 ) -> DistilledDatasetModel:
     trainer_class, arguments_class, fields = METHODS[method]
-    if method in ("PAD", "EDF"):
-        fields = fields | {"drop_ratio": args.drop_ratio}
-    settings = arguments_class(
-        output_dir=str(Path(args.output_dir, f"{args.name}-run")),
-        syn_steps=args.syn_steps,
-        expert_epochs=args.expert_epochs,
-        max_start_epoch=args.max_start_epoch,
-        lr_img=args.lr_img,
-        max_steps=args.max_steps,
-        seed=seed,
-        use_cpu=True,
-        save_strategy="no",
-        report_to="none",
-        **fields,
-    )
+    fields = fields | ({"drop_ratio": args.drop_ratio} if method in ("PAD", "EDF") else {})
+    taken = ("syn_steps", "expert_epochs", "max_start_epoch", "lr_img", "max_steps")
+    fields |= {name: getattr(args, name) for name in taken}
+    fields |= {"seed": seed, "use_cpu": True, "save_strategy": "no", "report_to": "none"}
+    settings = arguments_class(output_dir=str(Path(args.output_dir, f"{args.name}-run")), **fields)
     trainer = trainer_class(distilled_from_real(data, bank, args.images_per_class, seed=seed), settings, bank=bank)
     trainer.train()
     name = method.lower().replace(", ", "-").replace(" ", "-")
@@ -194,52 +159,13 @@ def _distil(
 
 
 def _measure(
-    args: ExperimentArguments,
-    model: DistilledDatasetModel,
-    data: RealImageData,
-    bank: TrajectoryBank,
-    baselines: bool = False,
+    args: ExperimentArguments, model: DistilledDatasetModel, data: RealImageData, bank: TrajectoryBank, **options: bool
 ) -> dict[str, list[float]]:
     """Accuracies on the test images of students trained on the set: its last iterate, without any selection."""
-    report = evaluate_distilled(
-        model,
-        bank.student_config,
-        data.test,
-        protocol=get_protocol(args.protocol),
-        seeds=range(args.test_seeds),
-        real=data.train,
-        bank=bank,
-        full_epochs=0,
-        baselines=baselines,
-        disable_tqdm=True,
-    )
+    how = {"protocol": get_protocol(args.protocol), "seeds": range(args.test_seeds), "full_epochs": 0}
+    how |= {"real": data.train, "bank": bank, "disable_tqdm": True, "baselines": False, **options}
+    report = evaluate_distilled(model, bank.student_config, data.test, **how)
     return {name: list(each.values) for name, each in report.accuracies.items()}
-
-
-def _row(name: str, accuracies: list[float]) -> dict[str, Any]:
-    spread = statistics.stdev(accuracies) if len(accuracies) > 1 else None
-    return {
-        "trained_on": name,
-        "accuracy": statistics.fmean(accuracies),
-        "spread": spread,
-        "students": len(accuracies),
-        "accuracies": accuracies,
-    }
-
-
-def _shown(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows for people: percentages, with the standard deviation over sets and students."""
-    shown = []
-    for row in rows:
-        spread = "" if row["spread"] is None else f" ± {100 * row['spread']:.1f}"
-        shown.append(
-            {
-                "trained on": row["trained_on"],
-                "test accuracy": f"{100 * row['accuracy']:.1f}{spread}",
-                "students": row["students"],
-            }
-        )
-    return shown
 
 
 if __name__ == "__main__":

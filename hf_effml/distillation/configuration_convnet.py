@@ -8,8 +8,7 @@ from transformers import PreTrainedConfig
 
 @strict
 class ConvNetConfig(PreTrainedConfig):
-    r"""
-    Configuration of [`ConvNetForImageClassification`]. The defaults give the "ConvNetD3" of trajectory matching
+    r"""Configuration of [`ConvNetForImageClassification`]. The defaults give the "ConvNetD3" of trajectory matching
     (https://huggingface.co/papers/2203.11932); images of 64 and 128 pixels go with `depth` 4 and 5.
 
     Args:
@@ -17,13 +16,17 @@ class ConvNetConfig(PreTrainedConfig):
             Channels of the image. With one channel the first convolution pads by 3, so 28 pixels count as 32.
         image_size (`int` or `list[int]`, *optional*, defaults to 32):
             Height and width in pixels, or one number for both. The classifier is sized by it.
-        hidden_size (`int`, *optional*, defaults to 128): Channels of every block.
-        depth (`int`, *optional*, defaults to 3): Number of blocks; each halves the image unless `pooling="none"`.
+        hidden_size (`int`, *optional*, defaults to 128):
+            Channels of every block.
+        depth (`int`, *optional*, defaults to 3):
+            Number of blocks; each halves the image unless `pooling="none"`.
         norm (`str`, *optional*, defaults to `"instance"`):
             `"instance"`, `"batch"`, `"layer"`, `"group"` (4 groups) or `"none"`. Only `"batch"` keeps running
             statistics, which trajectories do not hold.
-        activation (`str`, *optional*, defaults to `"relu"`): `"relu"`, `"leaky_relu"` or `"sigmoid"`.
-        pooling (`str`, *optional*, defaults to `"avg"`): `"avg"`, `"max"` or `"none"`.
+        activation (`str`, *optional*, defaults to `"relu"`):
+            `"relu"`, `"leaky_relu"` or `"sigmoid"`.
+        pooling (`str`, *optional*, defaults to `"avg"`):
+            `"avg"`, `"max"` or `"none"`.
 
     Raises:
         StrictDataclassError: If a field has the wrong type or an impossible value; the message names both.

@@ -10,24 +10,32 @@ from .differentiable_augmentation import AugmentationSettings
 
 @strict
 class DistilledDatasetConfig(PreTrainedConfig):
-    r"""
-    Configuration of [`DistilledDatasetModel`]: the shape of the synthetic set, and what it was made from and for.
+    r"""Configuration of [`DistilledDatasetModel`]: the shape of the synthetic set, and what it was made from and for.
 
     Args:
-        images_per_class (`int`, *optional*, defaults to 1): Synthetic images of every class, "IPC" in the papers.
-        num_channels (`int`, *optional*, defaults to 3): Channels of the images.
-        image_size (`int` or `list[int]`, *optional*, defaults to 32): Height and width in pixels, or one number.
-        initial_lr (`float`, *optional*, defaults to 0.01): Step size that students start with; it is learned.
+        images_per_class (`int`, *optional*, defaults to 1):
+            Synthetic images of every class, "IPC" in the papers.
+        num_channels (`int`, *optional*, defaults to 3):
+            Channels of the images.
+        image_size (`int` or `list[int]`, *optional*, defaults to 32):
+            Height and width in pixels, or one number.
+        initial_lr (`float`, *optional*, defaults to 0.01):
+            Step size that students start with; it is learned.
         augmentation_strategy (`str`, *optional*, defaults to `"color_crop_cutout_flip_scale_rotate"`):
             How images are augmented whenever a student trains on them.
-        augmentation_crop_ratio (`float`, *optional*, defaults to 0.125): Largest shift, as a share of the size.
-        augmentation_cutout_ratio (`float`, *optional*, defaults to 0.5): Side of the hole, as a share of the size.
-        student (`dict`, *optional*): Configuration of the network that the set is distilled for.
-        dataset (`dict`, *optional*): The real data: name, Hub id, revision and fingerprint.
+        augmentation_crop_ratio (`float`, *optional*, defaults to 0.125):
+            Largest shift, as a share of the size.
+        augmentation_cutout_ratio (`float`, *optional*, defaults to 0.5):
+            Side of the hole, as a share of the size.
+        student (`dict`, *optional*):
+            Configuration of the network that the set is distilled for.
+        dataset (`dict`, *optional*):
+            The real data: name, Hub id, revision and fingerprint.
         preprocessing (`str`, *optional*):
             Fingerprint of the image processor that made pixels of the real images; the synthetic ones are in its
             space.
-        method (`str`, *optional*): `"pad"`, `"edf"` or `"tm"`, plain trajectory matching.
+        method (`str`, *optional*):
+            `"pad"`, `"edf"` or `"tm"`, plain trajectory matching.
 
     Raises:
         StrictDataclassError: If a field has the wrong type or an impossible value; the message names both.

@@ -22,14 +22,15 @@ def convert_convnet_checkpoint(
     image_size: int | tuple[int, int] | None = None,
     **fields: Any,
 ) -> ConvNetForImageClassification:
-    """
-    Make a model of an official ConvNet; its depth, width, channels, classes and most of the rest show in the weights.
+    """Makes a model of an official ConvNet; its depth, width, channels, classes and most of the rest show in the
+    weights.
 
     Args:
         source (`str`, `Path` or `Mapping[str, Tensor]`):
             A state dict with official keys, or a `.pt`, `.pth` or `.safetensors` file of one. Pickles are read without
             running code from them.
-        activation (`str`, *optional*, defaults to `"relu"`): Leaves no trace in the weights.
+        activation (`str`, *optional*, defaults to `"relu"`):
+            Leaves no trace in the weights.
         norm (`str`, *optional*, defaults to `"instance"`):
             `"instance"` or `"group"`, whose weights look alike; the other kinds are recognised.
         pooling (`str`, *optional*):
@@ -76,11 +77,11 @@ def convert_convnet_checkpoint(
 
 
 def to_official(model: ConvNetForImageClassification) -> dict[str, Tensor]:
-    """
-    Take the weights out of a model, as the official code loads them with `load_state_dict`.
+    """Takes the weights out of a model, as the official code loads them with `load_state_dict`.
 
     Args:
-        model ([`ConvNetForImageClassification`]): The model.
+        model ([`ConvNetForImageClassification`]):
+            The model.
 
     Returns:
         `dict[str, Tensor]`: Copies on the CPU, with official keys.

@@ -23,8 +23,7 @@ def images_to_pixels(
     size: tuple[int, int] | None = None,
     resize_mode: Literal["crop", "squash"] = "crop",
 ) -> Tensor:
-    """
-    Make pixels in [0, 1] of images, in the wanted size and number of channels.
+    """Makes pixels in [0, 1] of images, in the wanted size and number of channels.
 
     Args:
         images:
@@ -32,8 +31,10 @@ def images_to_pixels(
             progress. An image is a PIL image, the path of one, or an array or tensor of shape `(height, width)`,
             `(channels, height, width)` or `(height, width, channels)`: integers from 0 to 255, or floats in
             [0, 1]. An array may also be a batch with four axes.
-        num_channels (`int`, *optional*, defaults to 3): 3 for colours, 1 for grey.
-        size (`tuple[int, int]`, *optional*): Height and width; as the images are if unset.
+        num_channels (`int`, *optional*, defaults to 3):
+            3 for colours, 1 for grey.
+        size (`tuple[int, int]`, *optional*):
+            Height and width; as the images are if unset.
         resize_mode (`str`, *optional*, defaults to `"crop"`):
             How images of another shape get there: `"crop"` cuts the largest piece of the right shape out of the
             centre, `"squash"` changes the aspect ratio. Both resize with an antialiased bilinear filter.

@@ -36,9 +36,8 @@ class ZCAImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
 
 
 class ZCAImageProcessor(BaseImageProcessor):
-    r"""
-    Makes pixels in [0, 1] of images and whitens them: `(x - mean) U (S + epsilon)^(-1/2) U^T`, where `U S U^T` is the
-    covariance of the training images, as in the experiments of trajectory matching
+    r"""Makes pixels in [0, 1] of images and whitens them: `(x - mean) U (S + epsilon)^(-1/2) U^T`, where `U S U^T` is
+    the covariance of the training images, as in the experiments of trajectory matching
     (https://huggingface.co/papers/2203.11932). With `do_whiten=False` it subtracts a mean and divides by a standard
     deviation per channel instead.
 
@@ -50,8 +49,10 @@ class ZCAImageProcessor(BaseImageProcessor):
         resize_mode (`str`, *optional*, defaults to `"crop"`):
             How images of another shape get there: `"crop"` cuts the largest piece of the right shape out of the
             centre, `"squash"` changes the aspect ratio. Both resize with an antialiased bilinear filter.
-        num_channels (`int`, *optional*, defaults to 3): 3 for colours, 1 for grey.
-        do_whiten (`bool`, *optional*, defaults to `True`): Whether to whiten; otherwise normalise per channel.
+        num_channels (`int`, *optional*, defaults to 3):
+            3 for colours, 1 for grey.
+        do_whiten (`bool`, *optional*, defaults to `True`):
+            Whether to whiten; otherwise normalise per channel.
         epsilon (`float`, *optional*, defaults to 0.1):
             What is added to the variances; a smaller one amplifies fine detail and noise.
         image_mean, image_std (`float` or `list[float]`, *optional*):
@@ -111,8 +112,7 @@ class ZCAImageProcessor(BaseImageProcessor):
 
     @classmethod
     def from_images(cls, images: Any, device: str | torch.device = "cpu", **settings: Any) -> "ZCAImageProcessor":
-        """
-        Make a processor and fit it to images.
+        """Makes a processor and fits it to images.
 
         Args:
             images, device: See [`~ZCAImageProcessor.fit`].
@@ -124,8 +124,7 @@ class ZCAImageProcessor(BaseImageProcessor):
         return cls(**settings).fit(images, device)
 
     def fit(self, images: Any, device: str | torch.device = "cpu") -> "ZCAImageProcessor":
-        """
-        Learn from training images what whitening (or normalisation) needs; takes their size if it has none yet.
+        """Learns from training images what whitening (or normalisation) needs; takes their size if it has none yet.
 
         Fitting again forgets what was learned before; `image_mean` and `image_std` that were given stay.
 
@@ -155,8 +154,7 @@ class ZCAImageProcessor(BaseImageProcessor):
         return self
 
     def to_pixels(self, images: Any) -> Tensor:
-        """
-        Make pixels in [0, 1] of images, in the wanted size and number of channels.
+        """Makes pixels in [0, 1] of images, in the wanted size and number of channels.
 
         Args:
             images: One image or any iterable of them, of any kind; see [`images_to_pixels`].
@@ -170,12 +168,12 @@ class ZCAImageProcessor(BaseImageProcessor):
         return images_to_pixels(images, self.num_channels, self.image_size, self.resize_mode)
 
     def preprocess(self, images: Any, return_tensors: str | None = "pt") -> BatchFeature:
-        """
-        Make the input of a model of images; calling the processor does the same.
+        """Makes the input of a model of images; calling the processor does the same.
 
         Args:
             images: See [`~ZCAImageProcessor.to_pixels`].
-            return_tensors (`str`, *optional*, defaults to `"pt"`): `"np"` returns NumPy arrays.
+            return_tensors (`str`, *optional*, defaults to `"pt"`):
+                `"np"` returns NumPy arrays.
 
         Returns:
             `BatchFeature`: with `pixel_values` of shape `(images, channels, height, width)`, float32.
@@ -186,11 +184,11 @@ class ZCAImageProcessor(BaseImageProcessor):
         return BatchFeature({"pixel_values": self.whiten(self.to_pixels(images))}, tensor_type=return_tensors)
 
     def whiten(self, pixels: Tensor) -> Tensor:
-        """
-        Whiten (or normalise) pixels in [0, 1]; differentiable.
+        """Whitens (or normalises) pixels in [0, 1]; differentiable.
 
         Args:
-            pixels (`Tensor` of shape `(..., channels, height, width)`): Pixels of the fitted size.
+            pixels (`Tensor` of shape `(..., channels, height, width)`):
+                Pixels of the fitted size.
 
         Returns:
             `Tensor` of the same shape.
@@ -207,11 +205,11 @@ class ZCAImageProcessor(BaseImageProcessor):
         return (pixels - mean) / std
 
     def unwhiten(self, pixel_values: Tensor, clip: bool = False) -> Tensor:
-        """
-        Undo whitening (or normalisation); differentiable.
+        """Undoes whitening (or normalisation); differentiable.
 
         Args:
-            pixel_values (`Tensor` of shape `(..., channels, height, width)`): What a model takes.
+            pixel_values (`Tensor` of shape `(..., channels, height, width)`):
+                What a model takes.
             clip (`bool`, *optional*, defaults to `False`):
                 Cut off at 0 and 1, as a picture needs it. Synthetic images often leave that range.
 
@@ -260,12 +258,13 @@ class ZCAImageProcessor(BaseImageProcessor):
         return {**settings, "auto_map": auto_map} if auto_map else settings
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
-        """
-        Save the settings as `preprocessor_config.json` and the matrices beside it as `zca.safetensors`.
+        """Saves the settings as `preprocessor_config.json` and the matrices beside it as `zca.safetensors`.
 
         Args:
-            save_directory (`str` or `Path`): Folder to write.
-            push_to_hub (`bool`, *optional*, defaults to `False`): Also push it, as `push_to_hub` does.
+            save_directory (`str` or `Path`):
+                Folder to write.
+            push_to_hub (`bool`, *optional*, defaults to `False`):
+                Also push it, as `push_to_hub` does.
             kwargs: Arguments of `push_to_hub`; `repo_id` is the name of the folder if unset.
 
         Returns:
@@ -286,11 +285,11 @@ class ZCAImageProcessor(BaseImageProcessor):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:
-        """
-        Load a processor from a folder, or from a model repository on the Hub or in the local cache.
+        """Loads a processor from a folder, or from a model repository on the Hub or in the local cache.
 
         Args:
-            pretrained_model_name_or_path (`str` or `Path`): The folder, its `preprocessor_config.json`, or the id.
+            pretrained_model_name_or_path (`str` or `Path`):
+                The folder, its `preprocessor_config.json`, or the id.
             kwargs: As for any image processor: `revision`, `token`, `local_files_only`, ...
 
         Returns:

@@ -45,9 +45,8 @@ def _block(config: ConvNetConfig, index: int) -> list[nn.Module]:
 
 
 class ConvNetForImageClassification(PreTrainedModel):
-    r"""
-    `depth` blocks of convolution, normalisation, activation and pooling, then one linear layer on the flattened map:
-    the ConvNet of trajectory matching (https://huggingface.co/papers/2203.11932), for any image size.
+    r"""`depth` blocks of convolution, normalisation, activation and pooling, then one linear layer on the flattened
+    map: the ConvNet of trajectory matching (https://huggingface.co/papers/2203.11932), for any image size.
 
     Parameters carry the official names, `features.0.weight` to `classifier.bias`.
 
@@ -98,15 +97,17 @@ class ConvNetForImageClassification(PreTrainedModel):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> ImageClassifierOutputWithNoAttention | tuple:
-        """
-        Classify images.
+        """Classifies images.
 
         Args:
-            pixel_values (`Tensor` of shape `(batch, channels, height, width)`): Preprocessed images.
+            pixel_values (`Tensor` of shape `(batch, channels, height, width)`):
+                Preprocessed images.
             labels (`Tensor`, *optional*):
                 Class numbers `(batch,)`, or soft targets `(batch, num_labels)` that add up to 1.
-            output_hidden_states (`bool`, *optional*): Also return the feature map after every block.
-            return_dict (`bool`, *optional*): `False` returns a tuple.
+            output_hidden_states (`bool`, *optional*):
+                Also return the feature map after every block.
+            return_dict (`bool`, *optional*):
+                `False` returns a tuple.
 
         Returns:
             `ImageClassifierOutputWithNoAttention`: loss (with `labels`), logits and, if asked for, feature maps.

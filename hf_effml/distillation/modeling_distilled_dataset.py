@@ -16,13 +16,15 @@ from .unroll import StudentDerivatives
 
 @dataclass
 class TrajectoryMatchingOutput(ModelOutput):
-    """
-    What [`DistilledDatasetModel`] returns.
+    """What [`DistilledDatasetModel`] returns.
 
     Args:
-        loss (`Tensor`): Mean matching loss of the segments, differentiable.
-        losses (`Tensor` of shape `(segments,)`): The loss of every segment.
-        took_part (`Tensor` of shape `(segments,)`): Whether a segment was within the threshold and has a gradient.
+        loss (`Tensor`):
+            Mean matching loss of the segments, differentiable.
+        losses (`Tensor` of shape `(segments,)`):
+            The loss of every segment.
+        took_part (`Tensor` of shape `(segments,)`):
+            Whether a segment was within the threshold and has a gradient.
     """
 
     loss: Tensor | None = None
@@ -31,15 +33,15 @@ class TrajectoryMatchingOutput(ModelOutput):
 
 
 class DistilledDatasetModel(PreTrainedModel):
-    r"""
-    A synthetic data set, trained by trajectory matching (https://huggingface.co/papers/2203.11932): a student that
+    r"""A synthetic data set, trained by trajectory matching (https://huggingface.co/papers/2203.11932): a student that
     trains on it is to go where experts went that trained on the real images.
 
     `images` has the shape `(images, channels, height, width)`, in the space of the image processor that the experts
     saw; `labels` the shape `(images, classes)`, as logits; `lr` is the step size. Images are sorted by class.
 
     Args:
-        config ([`DistilledDatasetConfig`]): The configuration.
+        config ([`DistilledDatasetConfig`]):
+            The configuration.
 
     Example:
 
@@ -122,15 +124,19 @@ class DistilledDatasetModel(PreTrainedModel):
         settings: MatchingSettings,
         **kwargs: Any,
     ) -> TrajectoryMatchingOutput:
-        r"""
-        Matches segments of experts' trajectories.
+        r"""Matches segments of experts' trajectories.
 
         Args:
-            starts (`Tensor` of shape `(segments, parameters)`): The experts at the beginning of their segments.
-            targets (`Tensor` of shape `(segments, parameters)`): The experts at the end.
-            seeds (`list[int]`): One per segment, of its batches and augmentations.
-            derivatives (`StudentDerivatives`): Derivatives of the student.
-            settings (`MatchingSettings`): How to match.
+            starts (`Tensor` of shape `(segments, parameters)`):
+                The experts at the beginning of their segments.
+            targets (`Tensor` of shape `(segments, parameters)`):
+                The experts at the end.
+            seeds (`list[int]`):
+                One per segment, of its batches and augmentations.
+            derivatives (`StudentDerivatives`):
+                Derivatives of the student.
+            settings (`MatchingSettings`):
+                How to match.
 
         Returns:
             [`TrajectoryMatchingOutput`]

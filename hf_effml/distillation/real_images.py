@@ -23,14 +23,17 @@ _DIGITS_FOR_TRAINING = 1000
 
 @dataclass(frozen=True, eq=False)
 class RealImages:
-    """
-    Preprocessed images and their classes.
+    """Preprocessed images and their classes.
 
     Args:
-        images (`Tensor` of shape `(images, channels, height, width)`): What a model takes, float32.
-        labels (`Tensor` of shape `(images,)`): Class numbers, int64.
-        label_names (`list[str]`): Names of the classes, in the order of their numbers.
-        source_fingerprint (`str`, *optional*): A text that tells these images, before preprocessing, from others.
+        images (`Tensor` of shape `(images, channels, height, width)`):
+            What a model takes, float32.
+        labels (`Tensor` of shape `(images,)`):
+            Class numbers, int64.
+        label_names (`list[str]`):
+            Names of the classes, in the order of their numbers.
+        source_fingerprint (`str`, *optional*):
+            A text that tells these images, before preprocessing, from others.
 
     Raises:
         ValueError: If the parts do not belong together.
@@ -84,11 +87,11 @@ class RealImages:
         return [(self.labels == label).nonzero().squeeze(1) for label in range(self.num_labels)]
 
     def subset(self, indices: Tensor | Sequence[int]) -> "RealImages":
-        """
-        Take some of the images.
+        """Takes some of the images.
 
         Args:
-            indices (`Tensor` or `Sequence[int]`): Their positions, in the order wanted.
+            indices (`Tensor` or `Sequence[int]`):
+                Their positions, in the order wanted.
 
         Returns:
             [`RealImages`]
@@ -97,11 +100,11 @@ class RealImages:
         return RealImages(self.images[indices], self.labels[indices], self.label_names)
 
     def to(self, device: str | torch.device) -> "RealImages":
-        """
-        Move to a device.
+        """Moves to a device.
 
         Args:
-            device (`str` or `torch.device`): Where to.
+            device (`str` or `torch.device`):
+                Where to.
 
         Returns:
             [`RealImages`]
@@ -120,18 +123,24 @@ class RealImages:
 
 @dataclass(frozen=True, eq=False)
 class RealImageData:
-    """
-    A data set, split for distillation: networks are trained on `train`, anything is chosen on `validation`, and `test`
-    is looked at once.
+    """A data set, split for distillation: networks are trained on `train`, anything is chosen on `validation`, and
+    `test` is looked at once.
 
     Args:
-        name (`str`): What to call it.
-        train ([`RealImages`]): Images for training; what the preprocessing learned, it learned from them alone.
-        validation ([`RealImages`], *optional*): Images cut from the training images, if wanted.
-        test ([`RealImages`]): Images that nothing was fitted or chosen on.
-        processor ([`ZCAImageProcessor`]): What preprocessed all of them.
-        hub_id, revision (`str`, *optional*): Its id and commit on the Hub, if it came from there.
-        arguments (`dict`, *optional*): Arguments of [`load_real_images`] that read the same images again.
+        name (`str`):
+            What to call it.
+        train ([`RealImages`]):
+            Images for training; what the preprocessing learned, it learned from them alone.
+        validation ([`RealImages`], *optional*):
+            Images cut from the training images, if wanted.
+        test ([`RealImages`]):
+            Images that nothing was fitted or chosen on.
+        processor ([`ZCAImageProcessor`]):
+            What preprocessed all of them.
+        hub_id, revision (`str`, *optional*):
+            Its id and commit on the Hub, if it came from there.
+        arguments (`dict`, *optional*):
+            Arguments of [`load_real_images`] that read the same images again.
     """
 
     name: str
@@ -203,29 +212,38 @@ def load_real_images(
     processor: ZCAImageProcessor | None = None,
     device: str | torch.device = "cpu",
 ) -> RealImageData:
-    """
-    Read a data set into memory, cut a validation split from its training images, and preprocess all of it.
+    """Reads a data set into memory, cuts a validation split from its training images, and preprocesses all of it.
 
     Args:
         name (`str`):
             `"digits"` (scikit-learn's, 8 x 8 pixels, no download, 1000 for training and validation and 797 for
             testing), or a folder or an id on the Hub as [`load_image_data`] takes it.
-        image_size (`int` or `tuple[int, int]`, *optional*): Height and width wanted; as they are if unset.
-        num_channels (`int`, *optional*): 3 for colours, 1 for grey; if unset, 1 for the digits and 3 for others.
+        image_size (`int` or `tuple[int, int]`, *optional*):
+            Height and width wanted; as they are if unset.
+        num_channels (`int`, *optional*):
+            3 for colours, 1 for grey; if unset, 1 for the digits and 3 for others.
         whiten (`bool`, *optional*, defaults to `True`):
             ZCA whitening, which the papers use for small images. Otherwise the images are normalised per channel.
             Either is fitted to the training images that are left when validation is cut off.
-        classes (`Sequence[int]`, *optional*): Numbers of the classes to keep; they are numbered anew in this order.
-        validation_share (`float`, *optional*, defaults to 0.1): Share of every class's training images; 0 for none.
-        resize_mode (`str`, *optional*, defaults to `"crop"`): See [`ZCAImageProcessor`].
-        max_train (`int`, *optional*): Most training images, validation included; taken evenly from the classes.
-        max_test (`int`, *optional*): Most test images, likewise.
-        seed (`int`, *optional*, defaults to 0): Seed of what is cut off and left out.
-        revision (`str`, *optional*): Commit, tag or branch on the Hub.
+        classes (`Sequence[int]`, *optional*):
+            Numbers of the classes to keep; they are numbered anew in this order.
+        validation_share (`float`, *optional*, defaults to 0.1):
+            Share of every class's training images; 0 for none.
+        resize_mode (`str`, *optional*, defaults to `"crop"`):
+            See [`ZCAImageProcessor`].
+        max_train (`int`, *optional*):
+            Most training images, validation included; taken evenly from the classes.
+        max_test (`int`, *optional*):
+            Most test images, likewise.
+        seed (`int`, *optional*, defaults to 0):
+            Seed of what is cut off and left out.
+        revision (`str`, *optional*):
+            Commit, tag or branch on the Hub.
         processor ([`ZCAImageProcessor`], *optional*):
             A fitted one, as a trajectory bank holds it, to be used instead of fitting a new one; `image_size`,
             `num_channels`, `whiten` and `resize_mode` are then taken from it.
-        device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): Where to fit; the images stay on the CPU.
+        device (`str` or `torch.device`, *optional*, defaults to `"cpu"`):
+            Where to fit; the images stay on the CPU.
 
     Returns:
         [`RealImageData`]
@@ -271,11 +289,8 @@ def load_real_images(
             # A path of this machine means nothing elsewhere.
             "name": None if Path(name).is_absolute() else name,
             "classes": None if classes is None else list(classes),
-            "validation_share": validation_share,
-            "max_train": max_train,
-            "max_test": max_test,
-            "seed": seed,
             "revision": commit,
+            **{"validation_share": validation_share, "max_train": max_train, "max_test": max_test, "seed": seed},
         },
     )
 
@@ -283,13 +298,15 @@ def load_real_images(
 def reload_real_images(
     arguments: Mapping[str, Any] | None, processor: ZCAImageProcessor | None, name: str | None = None
 ) -> RealImageData:
-    """
-    Read the images again that a bank or a distilled set was made of.
+    """Reads the images again that a bank or a distilled set was made of.
 
     Args:
-        arguments (`Mapping`, *optional*): `arguments` of the [`RealImageData`] of then, as a bank and a set keep them.
-        processor ([`ZCAImageProcessor`], *optional*): What preprocessed them.
-        name (`str`, *optional*): Where the data set is now, in place of the name in `arguments`.
+        arguments (`Mapping`, *optional*):
+            `arguments` of the [`RealImageData`] of then, as a bank and a set keep them.
+        processor ([`ZCAImageProcessor`], *optional*):
+            What preprocessed them.
+        name (`str`, *optional*):
+            Where the data set is now, in place of the name in `arguments`.
 
     Returns:
         [`RealImageData`]

@@ -8,6 +8,7 @@ import torch
 
 from helpers import require_package
 from hf_effml import DistilledDatasetModel, TrajectoryBank, load_distilled
+from hf_effml.distillation.evaluation import benchmarks
 from hf_effml.hub.cards import CARD_NAME
 from hf_effml.scripts import (
     bench_distillation,
@@ -96,16 +97,17 @@ def test_bench_writes_table_and_json(tmp_path, capsys):
     argv = ["--hidden_size", "4", "--depth", "1", "--image_size", "8", "--batch_syn", "10", "--syn_steps", "2", "3"]
     argv += ["--bank_experts", "1", "--rounds", "1", "--no_compile", "--output_dir", str(tmp_path)]
     results = bench_distillation.main(argv)
-    ways = [bench_distillation.FULL, bench_distillation.CHECKPOINTED, bench_distillation.FIRST_ORDER]
-    assert [row["way"] for row in results["gradients"]] == [*ways, bench_distillation.OURS] * 2
+    assert [row["way"] for row in results["gradients"]] == [*benchmarks.WAYS[:-1]] * 2
     errors = {row["way"]: float(row["error_images"]) for row in results["gradients"]}
-    assert errors[bench_distillation.OURS] < 1e-5 < errors[bench_distillation.FIRST_ORDER]
+    assert errors[benchmarks.OURS] < 1e-5 < errors[benchmarks.FIRST_ORDER]
+    # Every published setting: of DATM, of PAD and of EDF.
+    assert len(results["published"]) == 12 + 12 + 23 and results["others"][0]["name"].startswith("start and target")
     assert (tmp_path / "bench_distillation.md").read_text().strip() in capsys.readouterr().out
 
 
 def test_bench_refuses_a_wrong_gradient(tmp_path, monkeypatch):
-    right = bench_distillation._matched
-    monkeypatch.setattr(bench_distillation, "_matched", lambda *a, **k: [1.1 * each for each in right(*a, **k)])
+    right = benchmarks._matched
+    monkeypatch.setattr(benchmarks, "_matched", lambda *a, **k: [1.1 * each for each in right(*a, **k)])
     with pytest.raises(RuntimeError, match="Nothing is reported.*`full unroll` and `ours` differ"):
         argv = ["--hidden_size", "4", "--depth", "1", "--image_size", "8", "--batch_syn", "4", "--syn_steps", "2"]
         bench_distillation.main([*argv, "--rounds", "1", "--no_compile", "--output_dir", str(tmp_path)])
@@ -118,7 +120,7 @@ def test_experiment_runs(tmp_path, monkeypatch):
     settings = experiment_distillation.get_protocol("tm-short", epochs=2)
     monkeypatch.setattr(experiment_distillation, "get_protocol", lambda name: settings)
     rows = experiment_distillation.main(argv)["rows"]
-    assert [row["trained_on"] for row in rows][-3:] == ["DATM", "PAD", "EDF"] and len(rows) == 6
+    assert [row["name"] for row in rows][-3:] == ["DATM", "PAD", "EDF"] and len(rows) == 6
     assert json.loads((tmp_path / "distillation_digits.json").read_text())["rows"] == rows
     with pytest.raises(ValueError, match="`methods` may hold DATM"):
         experiment_distillation.ExperimentArguments(methods=["TESLA"])
