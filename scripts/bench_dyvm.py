@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hf_effml.cli.parsing import parse_arguments, run_script
 
@@ -20,6 +20,7 @@ from hf_effml.cli.parsing import parse_arguments, run_script
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from hf_effml.utils.report import Report
     from hf_effml.vim import DyVMForImageClassification, VimForImageClassification
 
 
@@ -63,61 +64,30 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
     (args,) = parse_arguments(BenchArguments, argv=argv, program=__file__, description=__doc__)
     import torch
 
-    from hf_effml.utils.benchmark import describe_run, markdown_table, one_line, write_report
+    from hf_effml.utils.benchmark import describe_run
+    from hf_effml.utils.report import Report
+    from hf_effml.vim.evaluation.baselines import natural_images
 
     run = describe_run(seed=args.seed, rounds=args.rounds, threads=args.threads, device=args.device)
+    settings = {key: getattr(args, key) for key in ("hidden_size", "quick")}
+    report = Report("bench_dyvm", facts={"run": run, "settings": settings})
+    models, steps = (
+        report.add_part("models", title="Whole model"),
+        report.add_part("choosing", title="Choosing tokens"),
+    )
     torch.manual_seed(args.seed)
     vim = _vim(args)
     pool = natural_images(max(POOL, *args.batch_sizes), vim.config.image_size, args.seed).to(args.device)
-    models, steps = [], []
     for tokens, blocks in zip(args.token_keep_ratio, args.block_keep_ratio, strict=True):
         model = _dynamic(vim, pool, tokens, blocks)
         for batch in args.batch_sizes:
             pixels = _nearest(model, pool, batch, blocks)
-            rows = _bench_model(args, vim, model, pixels, tokens, blocks)
-            models += rows
+            _bench_model(args, vim, model, pixels, f"{tokens:g} / {blocks:g}", models)
             if tokens < 1:
-                steps.append(_bench_choice(args, model, pixels))
-    results: dict[str, object] = {
-        "run": run,
-        "settings": {key: getattr(args, key) for key in ("hidden_size", "quick")},
-        "models": models,
-        "choosing": steps,
-    }
-    tables = [
-        f"## Whole model\n\n{markdown_table(models)}",
-        f"## Choosing tokens\n\n{markdown_table(steps)}",
-        one_line(run),
-    ]
-    print("\n\n".join(tables))
-    print(f"\nWrote {write_report(args.output_dir, 'bench_dyvm', results, tables)}")
-    return results
-
-
-def natural_images(count: int, side: int, seed: int) -> "Tensor":
-    """Makes images with the statistics of photographs: amplitudes fall with the frequency, colours go together.
-
-    Args:
-        count (`int`):
-            Number of images.
-        side (`int`):
-            Their side in pixels.
-        seed (`int`):
-            Seed.
-
-    Returns:
-        `Tensor` of shape `(count, 3, side, side)`: normalised images.
-    """
-    import torch
-
-    generator = torch.Generator().manual_seed(seed)
-    white = torch.randn(count, 4, side, side, generator=generator)
-    frequency = (torch.fft.fftfreq(side)[:, None] ** 2 + torch.fft.rfftfreq(side) ** 2).sqrt()
-    # The mean of an image varies like its lowest frequency.
-    falling = torch.fft.irfft2(torch.fft.rfft2(white) / frequency.clamp(min=1 / side), s=(side, side))
-    grey, colour = falling[:, :1], falling[:, 1:]
-    images = grey + 0.3 * colour
-    return images / images.std()
+                _bench_choice(args, model, pixels, f"{tokens:g} / {blocks:g}", steps)
+    print(report.as_markdown())
+    print(f"\nWrote {report.save(args.output_dir)}")
+    return report.as_dict()
 
 
 def _vim(args: BenchArguments) -> "VimForImageClassification":
@@ -172,13 +142,13 @@ def _bench_model(
     vim: "VimForImageClassification",
     model: "DyVMForImageClassification",
     pixels: "Tensor",
-    tokens: float,
-    blocks: float,
-) -> list[dict[str, Any]]:
+    asked: str,
+    part: "Report",
+) -> None:
     import torch
 
-    from hf_effml.scripts.evaluate_dyvm import amount_of_work
     from hf_effml.utils.benchmark import check_agreement, compare
+    from hf_effml.vim.evaluation.measure import amount_of_work
 
     off, masked = copy.deepcopy(model), copy.deepcopy(model)
     off.set_pruning(False)
@@ -197,20 +167,23 @@ def _bench_model(
     kept = model.config.tokens_kept_at_default_size
     shares = {SELECT: scans}  # The other models run all scans.
     work = {name: amount_of_work(variant, shares.get(name, 1.0))[0]["total"] for name, variant in variants.items()}
-    rows = []
     for name, timing in timings.items():
-        own = name in (SELECT, MASK)
-        row = {"batch": len(pixels), "asked": f"{tokens:g} / {blocks:g}", "model": name}
-        row["tokens_kept"] = " ".join(map(str, kept)) if own and kept else "all"
-        row["scans_run"] = round(shares.get(name, 1.0), 3)
-        row |= timing.as_row()
-        row["faster_than_dense"] = round(timings[DENSE].speedup(timing), 3)
-        row["work"] = f"{work[name] / work[DENSE]:.0%}"
-        rows.append(row)
-    return rows
+        part.add(
+            f"batch {len(pixels)}, {asked}, {name}",
+            batch=len(pixels),
+            asked=asked,
+            model=name,
+            tokens_kept=" ".join(map(str, kept)) if name != DENSE and kept else "all",
+            scans_run=round(shares.get(name, 1.0), 3),
+            **timing.as_row(),
+            faster_than_dense=round(timings[DENSE].speedup(timing), 3),
+            work=f"{work[name] / work[DENSE]:.0%}",
+        )
 
 
-def _bench_choice(args: BenchArguments, model: "DyVMForImageClassification", pixels: "Tensor") -> dict[str, Any]:
+def _bench_choice(
+    args: BenchArguments, model: "DyVMForImageClassification", pixels: "Tensor", asked: str, part: "Report"
+) -> None:
     """What scoring, choosing and gathering tokens takes of a forward pass: the same steps alone, on its own inputs."""
     import torch
 
@@ -230,12 +203,13 @@ def _bench_choice(args: BenchArguments, model: "DyVMForImageClassification", pix
     functions: dict[str, Callable] = {FORWARD: lambda: model(pixels).logits, CHOOSING: choose}
     with torch.inference_mode():
         timings = compare(functions, [], rounds=args.rounds, threads=args.threads)
-    return {
-        "batch": len(pixels),
-        "tokens_kept": " ".join(map(str, kept)),
+    part.add(
+        f"batch {len(pixels)}, {asked}",
+        batch=len(pixels),
+        tokens_kept=" ".join(map(str, kept)),
         **{f"{name}_ms": round(timing.median, 3) for name, timing in timings.items()},
-        "share_of_forward": f"{1 / timings[FORWARD].speedup(timings[CHOOSING]):.1%}",
-    }
+        share_of_forward=f"{1 / timings[FORWARD].speedup(timings[CHOOSING]):.1%}",
+    )
 
 
 def _choose(predictor: Callable, given: "tuple[Tensor, Tensor]", kept: int) -> "Tensor":

@@ -19,9 +19,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from hf_effml.utils.benchmark import Timing
+    from hf_effml.utils.report import Report
     from hf_effml.vim import VimForImageClassification
-    from hf_effml.vim.modeling_rmeeto import MergeRun, TokenMerger
-    from hf_effml.vim.vim_run import TokenReducer
 
 
 @dataclass
@@ -41,7 +40,7 @@ class BenchArguments:
     quick: bool = field(default=False, metadata={"help": "Tiny sizes, to see it run; the numbers mean nothing."})
 
 
-# Batch, channels, tokens, removed tokens of the step alone; those of rmeeto.md 5.2.
+# Batch, channels, tokens, removed tokens of the step alone.
 STEPS = [(1, 192, 197, 11), (8, 192, 197, 11), (8, 192, 98, 11), (8, 384, 197, 11), (64, 192, 197, 11)]
 QUICK_STEPS = [(2, 16, 17, 3)]
 OFF, NAIVE, OURS, LOCAL, FREE = "off", "as the official code", "ours", "ours, local matching", "free removal"
@@ -52,32 +51,30 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
     (args,) = parse_arguments(BenchArguments, argv=argv, program=__file__, description=__doc__)
     if min(*args.batch_sizes, args.threads, args.rounds) < 1 or min(args.r) < 0:
         raise ValueError("`batch_sizes`, `threads` and `rounds` must be at least 1, and `r` at least 0.")
-    from hf_effml.utils.benchmark import describe_run, markdown_table, one_line, write_report
+    from hf_effml.utils.benchmark import describe_run
+    from hf_effml.utils.report import Report
 
     run = describe_run(seed=args.seed, rounds=args.rounds, threads=args.threads, device=args.device)
-    steps = [row for step in (QUICK_STEPS if args.quick else STEPS) for row in _bench_step(args, *step)]
-    model = _model(args)
-    models = [row for batch in args.batch_sizes for r in args.r for row in _bench_model(args, model, batch, r)]
-    break_even = {str(batch): _break_even(models, batch) for batch in args.batch_sizes}
-    results: dict[str, object] = {
-        "run": run,
-        "settings": {key: getattr(args, key) for key in ("hidden_size", "quick")},
-        "steps": steps,
-        "models": models,
-        "break_even_r": break_even,
-    }
-    tables = [
-        f"## One merging step\n\n{markdown_table(steps)}",
-        f"## Whole model\n\n{markdown_table(models)}",
-        "\n".join(f"Batch {batch}: merging pays from r = {r} on." for batch, r in break_even.items() if r is not None),
-        one_line(run),
+    settings = {key: getattr(args, key) for key in ("hidden_size", "quick")}
+    report = Report("bench_rmeeto", facts={"run": run, "settings": settings})
+    steps = report.add_part("steps", title="One merging step")
+    for step in QUICK_STEPS if args.quick else STEPS:
+        _bench_step(args, steps, *step)
+    model, models = _model(args), report.add_part("models", title="Whole model")
+    for batch in args.batch_sizes:
+        for r in args.r:
+            _bench_model(args, models, model, batch, r)
+    break_even = {str(batch): _break_even([*models.rows.values()], batch) for batch in args.batch_sizes}
+    report.facts["break_even_r"] = break_even
+    report.notes = [
+        f"Batch {batch}: merging pays from r = {r} on." for batch, r in break_even.items() if r is not None
     ]
-    print("\n\n".join(tables))
-    print(f"\nWrote {write_report(args.output_dir, 'bench_rmeeto', results, tables)}")
-    return results
+    print(report.as_markdown())
+    print(f"\nWrote {report.save(args.output_dir)}")
+    return report.as_dict()
 
 
-def _bench_step(args: BenchArguments, batch: int, channels: int, tokens: int, r: int) -> list[dict[str, Any]]:
+def _bench_step(args: BenchArguments, part: "Report", batch: int, channels: int, tokens: int, r: int) -> None:
     """Matching and merging of a mixer's output and a residual stream, up to their sum."""
     import torch
 
@@ -104,10 +101,9 @@ def _bench_step(args: BenchArguments, batch: int, channels: int, tokens: int, r:
     with torch.inference_mode():
         timings = compare(functions, [[NAIVE, OURS]], rounds=args.rounds, threads=args.threads)
     shape = {"batch": batch, "channels": channels, "tokens": tokens, "r": r}
-    return [
-        {**shape, "step": name, **timing.as_row(), "faster_by": round(timings[NAIVE].speedup(timing), 2)}
-        for name, timing in timings.items()
-    ]
+    for name, timing in timings.items():
+        faster = round(timings[NAIVE].speedup(timing), 2)
+        part.add(f"{batch} x {tokens} x {channels}, {name}", **shape, step=name, **timing.as_row(), faster_by=faster)
 
 
 def _model(args: BenchArguments) -> "VimForImageClassification":
@@ -122,11 +118,11 @@ def _model(args: BenchArguments) -> "VimForImageClassification":
     return VimForImageClassification(config).eval().to(args.device)
 
 
-def _bench_model(args: BenchArguments, model: "VimForImageClassification", batch: int, r: int) -> list[dict[str, Any]]:
+def _bench_model(args: BenchArguments, part: "Report", model: "VimForImageClassification", batch: int, r: int) -> None:
     import torch
 
     from hf_effml.utils.benchmark import compare
-    from hf_effml.vim.complexity import count_multiply_adds
+    from hf_effml.vim import count_multiply_adds
 
     generator = torch.Generator().manual_seed(args.seed)
     side = model.config.image_size
@@ -142,14 +138,17 @@ def _bench_model(args: BenchArguments, model: "VimForImageClassification", batch
         timings = compare(functions, agree, rounds=args.rounds, threads=args.threads, tolerance=1e-3)
     all_work = count_multiply_adds(variants[OFF].config)["total"]
     work = count_multiply_adds(variants[OURS].config)["total"]
-    rows = []
     for name, timing in timings.items():
-        row = {"batch": batch, "r": r, "merging": name, **timing.as_row()}
-        row["faster_than_off"] = round(timings[OFF].speedup(timing), 3)
-        row["gain_realised"] = _gain_realised(timings, name)
-        row["work"] = f"{1 if name == OFF else work / all_work:.0%}"
-        rows.append(row)
-    return rows
+        part.add(
+            f"batch {batch}, r = {r}, {name}",
+            batch=batch,
+            r=r,
+            merging=name,
+            **timing.as_row(),
+            faster_than_off=round(timings[OFF].speedup(timing), 3),
+            gain_realised=_gain_realised(timings, name),
+            work=f"{1 if name == OFF else work / all_work:.0%}",
+        )
 
 
 def _gain_realised(timings: "dict[str, Timing]", name: str) -> float | None:
@@ -173,56 +172,16 @@ def _break_even(rows: list[dict[str, Any]], batch: int) -> int | None:
 
 def _variants(model: "VimForImageClassification", r: int) -> "dict[str, VimForImageClassification]":
     from hf_effml.vim import RMeeToVimForImageClassification
+    from hf_effml.vim.evaluation.baselines import FreeRemover, NaiveMerger
 
     make = partial(RMeeToVimForImageClassification.from_vim, model)
     variants = {OFF: model, OURS: make(merge_r=r)}
     if r == 0:
         return variants
     variants |= {NAIVE: make(merge_r=r), LOCAL: make(merge_r=r, merge_matching="local"), FREE: make(merge_r=r)}
-    for name, step in {NAIVE: _merge_naively, FREE: _cut_off}.items():
-        vim: Any = variants[name].vim
-        vim.token_reducer = _comparison_reducer(vim.token_reducer, step)
+    for name, merger in {NAIVE: NaiveMerger, FREE: FreeRemover}.items():
+        variants[name].vim.token_reducer = merger(variants[name].config)
     return {name: variants[name] for name in (OFF, NAIVE, OURS, LOCAL, FREE)}
-
-
-def _comparison_reducer(merger: "TokenMerger", reduce: Callable) -> "TokenReducer":
-    """The schedule of `merger`, and another way to remove tokens."""
-    from hf_effml.vim.modeling_rmeeto import MergeRun, TokenMerger
-
-    class Run(MergeRun):
-        def feature_for(self, block: int) -> str | None:
-            return super().feature_for(block) if reduce is _merge_naively else None
-
-        def reduce(self, block: int, stream: "Tensor", feature: "Tensor | None") -> "Tensor":
-            r = self.removals[block]
-            return reduce(self, stream, feature, r) if r else stream
-
-    class Reducer(TokenMerger):
-        def begin(self, stream: "Tensor", class_positions: tuple[int, ...]) -> Run:
-            run = Run(self.config, stream, class_positions, self.removals(stream.shape[1]))
-            run.sizes = stream.new_ones(*stream.shape[:2], 1)
-            return run
-
-    return Reducer(merger.config)
-
-
-def _merge_naively(run: "MergeRun", stream: "Tensor", feature: "Tensor", r: int) -> "Tensor":
-    from hf_effml.vim.token_reduction import ordered_merge_reference
-
-    # The official code merges the mixer's output and the stream before the addition; our blocks have added already, so
-    # the first result is for the time it takes, and the second one is the sum of the two.
-    (position,) = run.class_positions
-    _, merged, run.sizes, position = ordered_merge_reference(feature, feature, stream, run.sizes, position, r)
-    run.class_positions = (position,)
-    return merged
-
-
-def _cut_off(run: "MergeRun", stream: "Tensor", feature: None, r: int) -> "Tensor":
-    tokens = stream.shape[1]
-    (position,) = run.class_positions
-    run.class_positions = (position * (tokens - r) // tokens,)
-    run.sizes = None if run.sizes is None else run.sizes[:, r:]
-    return stream[:, : tokens - r]
 
 
 if __name__ == "__main__":

@@ -8,12 +8,10 @@ Example: `hf-effml bench vim --batch_sizes 1 8 --threads 1`
 """
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from copy import deepcopy
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from hf_effml.cli.parsing import parse_arguments, run_script
 
@@ -21,8 +19,8 @@ from hf_effml.cli.parsing import parse_arguments, run_script
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from hf_effml.vim import ScanStream, VimForImageClassification
-    from hf_effml.vim.vim_blocks import VimMixer
+    from hf_effml.utils.report import Report
+    from hf_effml.vim import ScanStream
 
 
 @dataclass
@@ -64,63 +62,22 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
     (args,) = parse_arguments(BenchArguments, argv=argv, program=__file__, description=__doc__)
     if min(*args.batch_sizes, args.scan_batch_size, args.threads, args.rounds) < 1:
         raise ValueError("`batch_sizes`, `scan_batch_size`, `threads` and `rounds` must be at least 1.")
-    from hf_effml.utils.benchmark import describe_run, markdown_table, one_line, write_report
+    from hf_effml.utils.benchmark import describe_run
+    from hf_effml.utils.report import Report
 
     run = describe_run(seed=args.seed, rounds=args.rounds, threads=args.threads, device=args.device)
+    settings = {key: getattr(args, key) for key in ("dtype", "scan_batch_size", "quick")}
+    report = Report("bench_vim", facts={"run": run, "settings": settings})
     sizes = QUICK if args.quick else Sizes()
-    scans = _bench_scan(args, sizes)
-    scaling = _bench_scaling(args, sizes)
-    models = [row for batch in args.batch_sizes for row in _bench_model(args, sizes, batch)]
-    results: dict[str, object] = {
-        "run": run,
-        "settings": {key: getattr(args, key) for key in ("dtype", "scan_batch_size", "quick")},
-        "scan": scans,
-        "scaling": scaling,
-        "model": models,
-    }
-    tables = [
-        f"## One scan, batch {args.scan_batch_size}, {sizes.tokens} tokens, {sizes.channels} channels\n\n"
-        + markdown_table(scans),
-        f"## Twice the tokens, forward and backward\n\n{markdown_table(scaling)}",
-        f"## Forward pass, {sizes.layers} blocks, {sizes.image} pixels\n\n{markdown_table(models)}",
-        one_line(run),
-    ]
-    print("\n\n".join(tables))
-    print(f"\nWrote {write_report(args.output_dir, 'bench_vim', results, tables)}")
-    return results
-
-
-def loop_scan(*streams: "ScanStream") -> "tuple[Tensor, ...]":
-    """The scan as mamba-ssm's reference computes it: everything materialised, then a loop that indexes the tokens.
-
-    Args:
-        streams (`ScanStream`): As for [`selective_scan`].
-
-    Returns:
-        `tuple[Tensor, ...]`: One output per stream.
-    """
-    return tuple(_loop_scan(stream) for stream in streams)
-
-
-def _loop_scan(stream: "ScanStream") -> "Tensor":
-    import torch
-    from torch.nn import functional as F
-
-    # As the original: (batch, channels, tokens), and a backward direction is a flipped sequence.
-    x, dt, B, C = (
-        (tensor.flip(1) if stream.reverse else tensor).mT for tensor in (stream.x, stream.dt, stream.B, stream.C)
-    )
-    with torch.autocast(x.device.type, enabled=False):
-        u, B, C = x.float(), B.float(), C.float()
-        dt = F.softplus(dt.float() + stream.dt_bias[:, None].float())
-        decay = torch.exp(torch.einsum("bdl,dn->bdln", dt, stream.A))
-        update = torch.einsum("bdl,bnl,bdl->bdln", dt, B, u)
-        state, outputs = torch.zeros_like(decay[:, :, 0]), []
-        for index in range(u.shape[2]):
-            state = decay[:, :, index] * state + update[:, :, index]
-            outputs.append(torch.einsum("bdn,bn->bd", state, C[:, :, index]))
-        y = (torch.stack(outputs, dim=2) + u * stream.D[:, None]).to(x.dtype).mT
-    return y.flip(1) if stream.reverse else y
+    scan = f"One scan, batch {args.scan_batch_size}, {sizes.tokens} tokens, {sizes.channels} channels"
+    _bench_scan(args, sizes, report.add_part("scan", title=scan))
+    _bench_scaling(args, sizes, report.add_part("scaling", title="Twice the tokens, forward and backward"))
+    models = report.add_part("model", title=f"Forward pass, {sizes.layers} blocks, {sizes.image} pixels")
+    for batch in args.batch_sizes:
+        _bench_model(args, sizes, batch, models)
+    print(report.as_markdown())
+    print(f"\nWrote {report.save(args.output_dir)}")
+    return report.as_dict()
 
 
 def _scan_inputs(args: BenchArguments, batch: int, tokens: int, sizes: Sizes) -> "ScanStream":
@@ -161,9 +118,10 @@ def _forward_backward(scan: Callable, stream: "ScanStream") -> "list[Tensor]":
     return [y, *torch.autograd.grad(y.square().mean(), list(stream[:7]))]
 
 
-def _bench_scan(args: BenchArguments, sizes: Sizes) -> list[dict[str, Any]]:
+def _bench_scan(args: BenchArguments, sizes: Sizes, part: "Report") -> None:
     from hf_effml.utils.benchmark import compare, peak_memory
     from hf_effml.vim import selective_scan, selective_scan_reference
+    from hf_effml.vim.evaluation.baselines import loop_scan
 
     scans: dict[str, Callable] = {
         "loop with indexing": loop_scan,
@@ -171,21 +129,23 @@ def _bench_scan(args: BenchArguments, sizes: Sizes) -> list[dict[str, Any]]:
         "ours": selective_scan,
     }
     stream = _scan_inputs(args, args.scan_batch_size, sizes.tokens, sizes)
-    rows = []
     for what, function in {"forward": _forward, "forward + backward": _forward_backward}.items():
         functions = {name: partial(function, scan, stream) for name, scan in scans.items()}
         timings = compare(functions, [list(scans)], rounds=args.rounds, threads=args.threads, tolerance=2e-4)
         memory = {name: peak_memory(function, args.device) / 2**20 for name, function in functions.items()}
         for name, timing in timings.items():
-            row = {"what": what, "scan": name, **timing.as_row()}
-            row["ours_is_faster_by"] = round(timing.speedup(timings["ours"]), 2)
-            row["peak_MiB"] = round(memory[name], 2)
-            row["ours_needs"] = f"{memory['ours'] / memory[name]:.0%}"
-            rows.append(row)
-    return rows
+            part.add(
+                f"{what}, {name}",
+                what=what,
+                scan=name,
+                **timing.as_row(),
+                ours_is_faster_by=round(timing.speedup(timings["ours"]), 2),
+                peak_MiB=round(memory[name], 2),
+                ours_needs=f"{memory['ours'] / memory[name]:.0%}",
+            )
 
 
-def _bench_scaling(args: BenchArguments, sizes: Sizes) -> list[dict[str, Any]]:
+def _bench_scaling(args: BenchArguments, sizes: Sizes, part: "Report") -> None:
     from hf_effml.utils.benchmark import compare
     from hf_effml.vim import selective_scan
 
@@ -195,24 +155,24 @@ def _bench_scaling(args: BenchArguments, sizes: Sizes) -> list[dict[str, Any]]:
         functions[str(tokens)] = partial(_forward_backward, selective_scan, stream)
     timings = compare(functions, [], rounds=args.rounds, threads=args.threads)
     short = timings[str(sizes.lengths[0])]
-    return [
-        {"tokens": int(name), **timing.as_row(), "times_the_first": round(1 / short.speedup(timing), 2)}
-        for name, timing in timings.items()
-    ]
+    for name, timing in timings.items():
+        times = round(1 / short.speedup(timing), 2)
+        part.add(f"{name} tokens", tokens=int(name), **timing.as_row(), times_the_first=times)
 
 
-def _bench_model(args: BenchArguments, sizes: Sizes, batch: int) -> list[dict[str, Any]]:
+def _bench_model(args: BenchArguments, sizes: Sizes, batch: int, part: "Report") -> None:
     import torch
 
     from hf_effml.utils.benchmark import compare
     from hf_effml.vim import VimConfig, VimForImageClassification
+    from hf_effml.vim.evaluation.baselines import deit_tiny, scan_replaced_by_loop, with_transformers_mixer
 
     torch.manual_seed(args.seed)
     config = VimConfig(
         image_size=sizes.image, patch_size=sizes.patch, hidden_size=sizes.hidden, num_hidden_layers=sizes.layers
     )
     ours = VimForImageClassification(config).eval().to(args.device)
-    yardstick, deit = _deit(args, sizes)
+    yardstick, deit = deit_tiny(config, args.device)
     pixels = torch.randn(batch, 3, sizes.image, sizes.image).to(args.device)
     dtype = getattr(torch, args.dtype)
 
@@ -222,111 +182,27 @@ def _bench_model(args: BenchArguments, sizes: Sizes, batch: int) -> list[dict[st
         return output if isinstance(output, torch.Tensor) else output.logits
 
     def forward_with_loop(model: "nn.Module") -> "Tensor":
-        with _scan_replaced_by_loop():
+        with scan_replaced_by_loop():
             return forward(model)
 
     functions = {
         "Vim, loop with indexing": partial(forward_with_loop, ours),
-        "Vim, transformers' Mamba mixer twice": partial(forward, _with_transformers_mixer(ours)),
+        "Vim, transformers' Mamba mixer twice": partial(forward, with_transformers_mixer(ours)),
         "Vim, ours": partial(forward, ours),
         deit: partial(forward, yardstick),
     }
     tolerance = 1e-3 if dtype == torch.float32 else 5e-2
     same = [name for name in functions if name != deit]
     timings = compare(functions, [same], rounds=args.rounds, threads=args.threads, tolerance=tolerance)
-    return [
-        {
-            "batch": batch,
-            "model": name,
+    for name, timing in timings.items():
+        part.add(
+            f"batch {batch}, {name}",
+            batch=batch,
+            model=name,
             **timing.as_row(),
-            "ms_per_image": round(timing.median / batch, 2),
-            "ours_is_faster_by": round(timing.speedup(timings["Vim, ours"]), 2),
-        }
-        for name, timing in timings.items()
-    ]
-
-
-@contextmanager
-def _scan_replaced_by_loop() -> Iterator[None]:
-    from hf_effml.vim import vim_blocks
-
-    original = vim_blocks.selective_scan
-    vim_blocks.selective_scan = loop_scan
-    try:
-        yield
-    finally:
-        vim_blocks.selective_scan = original
-
-
-def _with_transformers_mixer(model: "VimForImageClassification") -> "VimForImageClassification":
-    """The same weights in what transformers offers: its mixer once forwards and once on the flipped tokens."""
-    from torch import nn
-    from transformers import MambaConfig
-    from transformers.models.mamba.modeling_mamba import MambaMixer
-
-    config = model.config
-    mamba = MambaConfig(
-        hidden_size=config.hidden_size,
-        state_size=config.state_size,
-        conv_kernel=config.conv_kernel,
-        expand=config.expand,
-        time_step_rank=config.time_step_rank,
-        num_hidden_layers=1,
-    )
-
-    def one_direction(mixer: "VimMixer", mark: str) -> MambaMixer:
-        state = mixer.state_dict()
-        twin = MambaMixer(mamba, layer_idx=0).eval()
-        # The official names end in `_b` for the backward direction, but for `A_b_log`.
-        own = {
-            name: name if name.startswith(("in_proj", "out_proj")) else _official_name(name, mark)
-            for name in twin.state_dict()
-        }
-        twin.load_state_dict({name: state[official] for name, official in own.items()})
-        return twin
-
-    class TwoDirections(nn.Module):
-        def __init__(self, mixer: "VimMixer"):
-            super().__init__()
-            self.forwards, self.backwards = one_direction(mixer, ""), one_direction(mixer, "_b")
-            self.factor = 0.5 if mixer.divide_output else 1.0
-
-        def forward(self, hidden_states: "Tensor", *unused: Any, **options: Any) -> "tuple[Tensor, None]":
-            both = self.forwards(hidden_states) + self.backwards(hidden_states.flip(1)).flip(1)
-            return both * self.factor, None
-
-    twin = deepcopy(model)
-    for layer in twin.vim.layers:
-        layer.mixer = TwoDirections(layer.mixer).to(model.device)
-    return twin
-
-
-def _official_name(name: str, mark: str) -> str:
-    if name == "A_log":
-        return f"A{mark}_log"
-    module, dot, parameter = name.partition(".")
-    return f"{module}{mark}{dot}{parameter}"
-
-
-def _deit(args: BenchArguments, sizes: Sizes) -> "tuple[nn.Module, str]":
-    """DeiT-tiny with random weights: timm's, or transformers' where timm is absent."""
-    from hf_effml.utils.imports import usable
-
-    if usable("timm") and not args.quick:
-        import timm
-
-        return timm.create_model("deit_tiny_patch16_224").eval().to(args.device), "DeiT-tiny (timm)"
-    from transformers import ViTConfig, ViTForImageClassification
-
-    config = ViTConfig(
-        image_size=sizes.image,
-        patch_size=sizes.patch,
-        hidden_size=sizes.hidden,
-        num_hidden_layers=sizes.layers // 2,
-        num_attention_heads=max(1, sizes.hidden // 64),
-        intermediate_size=4 * sizes.hidden,
-    )
-    return ViTForImageClassification(config).eval().to(args.device), "DeiT-tiny (transformers)"
+            ms_per_image=round(timing.median / batch, 2),
+            ours_is_faster_by=round(timing.speedup(timings["Vim, ours"]), 2),
+        )
 
 
 if __name__ == "__main__":

@@ -9,9 +9,18 @@ from typing import Any, Literal
 
 from hf_effml import Augmentation, DyVMForImageClassification, DyVMTrainer, DyVMTrainingArguments
 from hf_effml.cli.parsing import parse_arguments, run_script
-from hf_effml.hub import CardResult
-from hf_effml.scripts._start_model import StartArguments, load_start, report
-from hf_effml.scripts.evaluate_dyvm import amount_of_work
+from hf_effml.cli.start_model import StartArguments, finish_training, load_start
+from hf_effml.utils.report import Column, Report
+from hf_effml.vim.evaluation.measure import amount_of_work
+
+
+COLUMNS = {
+    "accuracy": Column("accuracy", ".1%", card="Accuracy", metric="accuracy"),
+    "accuracy_before": Column("not fine-tuned", ".1%", card="Accuracy without fine-tuning"),
+    "tokens": Column("tokens at the end", card="Tokens in the last block"),
+    "block_keep_ratio": Column("scans", ".1%", card="Share of the scans that run"),
+    "multiply_adds": Column("M mult-adds", ".2f", scale=1e-6, card="Million multiply-adds per image"),
+}
 
 
 @dataclass
@@ -54,34 +63,32 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
     )
     vim, data, options = load_start(script, augmentation, args)
     trainer = DyVMTrainer(DyVMForImageClassification.from_vim(vim, **selection.fields()), **options)
-    model = trainer.model
+    model, report = trainer.model, Report("train_dyvm", COLUMNS)
     model.set_pruning(False)
     dense = trainer.evaluate(metric_key_prefix="dense")["dense_accuracy"]
-    dense_work, dense_tokens = amount_of_work(model)
+    report.add("its start", accuracy=dense, accuracy_before=dense, **_work(model, 1.0))
     model.set_pruning(True)
     pruned = trainer.evaluate(metric_key_prefix="pruned")["pruned_accuracy"]
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     metrics = trainer.evaluate()
     trainer.save_model()
     scans = metrics.get("eval_block_keep_ratio", 1.0)
-    work, tokens = amount_of_work(model, scans)
-    rows = [
-        CardResult("Accuracy", metrics["eval_accuracy"], dense, "accuracy"),
-        CardResult("Accuracy without fine-tuning", pruned, dense),
-        CardResult("Tokens in the last block", tokens[-1], dense_tokens[-1]),
-        CardResult("Share of the scans that run", scans, 1.0),
-        CardResult("Million multiply-adds per image", work["total"] / 1e6, dense_work["total"] / 1e6),
-    ]
-    report(trainer, rows, data, script)
+    report.add("this model", accuracy=metrics["eval_accuracy"], accuracy_before=pruned, **_work(model, scans))
+    finish_training(trainer, data, report, script.model_name_or_path, beside="its start")
     return {
         "output_dir": args.output_dir,
         "dense_accuracy": dense,
         "pruned_accuracy": pruned,
         "accuracy": metrics["eval_accuracy"],
         "block_keep_ratio": scans,
-        "tokens_per_layer": tokens,
+        "tokens_per_layer": amount_of_work(model)[1],
         "steps": trainer.state.global_step,
     }
+
+
+def _work(model: DyVMForImageClassification, scans: float) -> dict[str, Any]:
+    work, tokens = amount_of_work(model, scans)
+    return {"tokens": tokens[-1], "block_keep_ratio": scans, "multiply_adds": work["total"]}
 
 
 if __name__ == "__main__":

@@ -13,13 +13,21 @@ from hf_effml import (
     RMeeToTrainingArguments,
     RMeeToVimConfig,
     RMeeToVimForImageClassification,
+    count_multiply_adds,
+    merge_schedule,
     token_merging,
 )
 from hf_effml.cli.parsing import parse_arguments, run_script
-from hf_effml.hub import CardResult
-from hf_effml.scripts._start_model import StartArguments, load_start, report
-from hf_effml.vim.complexity import count_multiply_adds
-from hf_effml.vim.configuration_rmeeto import merge_schedule
+from hf_effml.cli.start_model import StartArguments, finish_training, load_start
+from hf_effml.utils.report import Column, Report
+
+
+COLUMNS = {
+    "accuracy": Column("accuracy", ".1%", card="Accuracy", metric="accuracy"),
+    "accuracy_before": Column("not re-trained", ".1%", card="Accuracy without re-training"),
+    "tokens": Column("tokens at the end", card="Tokens in the last block"),
+    "multiply_adds": Column("M mult-adds", ".2f", scale=1e-6, card="Million multiply-adds per image"),
+}
 
 
 @dataclass
@@ -65,33 +73,29 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
         raise ValueError("Say how much to merge: `--merge_r 5`, or `--merge_target_ratio 0.3`.")
     vim, data, options = load_start(script, augmentation, args)
     trainer = RMeeToTrainer(RMeeToVimForImageClassification.from_vim(vim, **merging.fields()), **options)
+    report, config = Report("train_rmeeto", COLUMNS), trainer.model.config
+    tokens = merge_schedule(config)
     with token_merging(trainer.model, r=0):
         dense = trainer.evaluate(metric_key_prefix="dense")["dense_accuracy"]
+    report.add("its start", accuracy=dense, accuracy_before=dense, **_work(config, tokens[:1] * len(tokens)))
     merged = trainer.evaluate(metric_key_prefix="merged")["merged_accuracy"]
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     retrained = trainer.evaluate()["eval_accuracy"]
     trainer.save_model()
-    report(trainer, _results(trainer.model.config, dense, merged, retrained), data, script)
+    report.add("this model", accuracy=retrained, accuracy_before=merged, **_work(config, tokens))
+    finish_training(trainer, data, report, script.model_name_or_path, beside="its start")
     return {
         "output_dir": args.output_dir,
         "dense_accuracy": dense,
         "merged_accuracy": merged,
         "accuracy": retrained,
-        "tokens_per_layer": merge_schedule(trainer.model.config),
+        "tokens_per_layer": tokens,
         "steps": trainer.state.global_step,
     }
 
 
-def _results(config: RMeeToVimConfig, dense: float, merged: float, retrained: float) -> list[CardResult]:
-    """Rows of the card and of the table printed: this model beside the one it started from."""
-    tokens = merge_schedule(config)
-    own, start = (count_multiply_adds(config, each)["total"] / 1e6 for each in (tokens, tokens[:1] * len(tokens)))
-    return [
-        CardResult("Accuracy", retrained, dense, "accuracy"),
-        CardResult("Accuracy without re-training", merged, dense),
-        CardResult("Tokens in the last block", tokens[-1], tokens[0]),
-        CardResult("Million multiply-adds per image", own, start),
-    ]
+def _work(config: RMeeToVimConfig, tokens: list[int]) -> dict[str, Any]:
+    return {"tokens": tokens[-1], "multiply_adds": count_multiply_adds(config, tokens)["total"]}
 
 
 if __name__ == "__main__":

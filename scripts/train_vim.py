@@ -18,6 +18,7 @@ from hf_effml import (
     vim_image_processor,
 )
 from hf_effml.cli.parsing import parse_arguments, run_script
+from hf_effml.cli.start_model import trainer_options
 
 
 @dataclass
@@ -60,17 +61,7 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
     else:
         processor = load_image_processor(source)
     data = load_image_data(script.data, processor, augmentation, seed=args.seed)
-    collator = augmentation.collator(len(data.labels), args.label_smoothing_factor)
-    if collator is not None:
-        args.label_smoothing_factor = 0.0
-    trainer = VimTrainer(
-        _model(script, data),
-        args,
-        data_collator=collator,
-        train_dataset=data.train,
-        eval_dataset=data.test,
-        processing_class=processor,
-    )
+    trainer = VimTrainer(_model(script, data), **trainer_options(augmentation, args, data, processor))
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     accuracy = trainer.evaluate()["eval_accuracy"]
     trainer.save_model()

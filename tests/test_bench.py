@@ -22,6 +22,7 @@ from hf_effml.utils.benchmark import (
     write_report,
 )
 from hf_effml.vim import selective_scan, vim_blocks
+from hf_effml.vim.evaluation.baselines import natural_images, with_transformers_mixer
 
 
 def run(program, folder, *options):
@@ -75,7 +76,7 @@ def test_the_transformers_stand_in_computes_the_same(divide_output):
     )
     model = VimForImageClassification(config).eval()
     pixels = torch.randn(2, 3, 32, 32)
-    torch.testing.assert_close(bench_vim._with_transformers_mixer(model)(pixels).logits, model(pixels).logits)
+    torch.testing.assert_close(with_transformers_mixer(model)(pixels).logits, model(pixels).logits)
 
 
 def test_bench_rmeeto_writes_table_and_json(tmp_path, capsys):
@@ -153,7 +154,7 @@ def test_bench_dyvm_refuses_modes_that_differ(tmp_path, monkeypatch, wrong_mode)
 
 
 def test_images_of_the_bench_have_the_spectrum_of_photographs():
-    images = bench_dyvm.natural_images(8, 64, seed=0)
+    images = natural_images(8, 64, seed=0)
     assert images.shape == (8, 3, 64, 64) and images.std() == pytest.approx(1)
     power = torch.fft.rfft2(images).abs().square().mean((0, 1))[0]
     # Amplitude 1/f is power 1/f^2.

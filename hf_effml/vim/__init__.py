@@ -4,11 +4,15 @@ from transformers import AutoBackbone, AutoConfig, AutoModel, AutoModelForImageC
 
 from .backbone_dyvm import DyVMBackbone
 from .backbone_vim import VimBackbone
-from .complexity import count_multiply_adds
 from .configuration_dyvm import DyVMConfig
 from .configuration_rmeeto import RMeeToVimConfig, merge_schedule, reduction_ratio
 from .configuration_vim import VimConfig
 from .convert_vim import convert_vim_checkpoint, vim_image_processor
+from .evaluation.complexity import count_multiply_adds
+from .evaluation.measure import evaluate_vim
+from .evaluation.pictures import draw_dropped_patches, draw_merged_patches
+from .evaluation.visualize import visualize_merge, visualize_selection
+from .losses import logit_divergence
 from .modeling_dyvm import DyVMForImageClassification, DyVMModel
 from .modeling_rmeeto import (
     RMeeToVimForImageClassification,
@@ -20,7 +24,6 @@ from .modeling_rmeeto import (
 from .modeling_vim import VimForImageClassification, VimModel
 from .selective_scan import ScanStream, selective_scan, selective_scan_reference
 from .token_reduction import MergeInfo, TokenPlan, bipartite_plan, compose, local_plan, random_plan
-from .visualize import visualize_merge, visualize_selection
 from .vit_merging import vit_merge_info
 
 
@@ -60,7 +63,11 @@ __all__ = [
     "compose",
     "convert_vim_checkpoint",
     "count_multiply_adds",
+    "draw_dropped_patches",
+    "draw_merged_patches",
+    "evaluate_vim",
     "local_plan",
+    "logit_divergence",
     "merge_schedule",
     "random_plan",
     "reduction_ratio",

@@ -138,7 +138,7 @@ def test_dyvm_experiment_reports_every_way(tmp_path):
     results = experiment_dyvm.main(["--output_dir", str(tmp_path), *sizes, *settings])
     assert [row["model"] for row in results["rows"]][:2] == ["dense", "dense, trained on"]
     assert len(results["rows"]) == 7 and all(len(row["accuracies"]) == 2 for row in results["rows"])
-    assert "| learned tokens, fine-tuned | 0.44 / 0.22 |" in (tmp_path / "dyvm_digits.md").read_text()
+    assert "| learned tokens, fine-tuned, 0.5 | 0.44 / 0.22 |" in (tmp_path / "dyvm_digits.md").read_text()
     written = json.loads((tmp_path / "dyvm_digits.json").read_text())["rows"]
     assert written == results["rows"]
     assert written[-1]["training"][0].keys() >= {"block_keep_ratio", "block_keep_ratio_after_calibration"}
@@ -182,7 +182,7 @@ def test_experiment_reports_every_way(tmp_path, monkeypatch):
     results = experiment_rmeeto.main(["--output_dir", str(tmp_path), *sizes, "--epochs", "1", "--retrain_epochs", "1"])
     assert [row["model"] for row in results["rows"]][0] == "dense" and len(results["rows"]) == 8
     assert all(len(row["accuracies"]) == 2 for row in results["rows"])
-    assert "| merged and re-trained | 4 |" in (tmp_path / "digits.md").read_text()
+    assert "| merged and re-trained, r=4 |" in (tmp_path / "digits.md").read_text()
     assert json.loads((tmp_path / "digits.json").read_text())["rows"] == results["rows"]
 
 

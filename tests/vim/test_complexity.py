@@ -9,8 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from helpers import pixels
 from hf_effml import DyVMConfig, VimConfig
-from hf_effml.vim.complexity import count_multiply_adds, tokens_per_block
 from hf_effml.vim.configuration_rmeeto import RMeeToVimConfig, merge_schedule, merging_blocks
+from hf_effml.vim.evaluation.complexity import count_multiply_adds, tokens_per_block
 from hf_effml.vim.modeling_rmeeto import RMeeToVimForImageClassification
 
 

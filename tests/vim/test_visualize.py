@@ -8,10 +8,10 @@ from PIL import Image
 from helpers import pixels, tiny_vim_fields
 from hf_effml.vim.configuration_dyvm import DyVMConfig
 from hf_effml.vim.configuration_rmeeto import RMeeToVimConfig
+from hf_effml.vim.evaluation.visualize import visualize_merge, visualize_selection
 from hf_effml.vim.modeling_dyvm import DyVMForImageClassification
 from hf_effml.vim.modeling_rmeeto import RMeeToVimForImageClassification
 from hf_effml.vim.token_reduction import MergeInfo
-from hf_effml.vim.visualize import visualize_merge, visualize_selection
 
 
 COLOURS = np.array([[250, 0, 0], [0, 250, 0], [0, 0, 250], [200, 200, 0], [0, 200, 200], [90, 90, 90]], np.uint8)

@@ -19,8 +19,8 @@ from transformers import (
 )
 
 from helpers import assert_close, existing_gradients, randomized, require_package
+from hf_effml.vim.evaluation.visualize import visualize_merge
 from hf_effml.vim.modeling_rmeeto import apply_token_merging, remove_token_merging, token_merging
-from hf_effml.vim.visualize import visualize_merge
 from hf_effml.vim.vit_merging import vit_merge_info
 
 

@@ -93,4 +93,6 @@ def distil_digits(out: Path, seed: int) -> "tuple[Report, Path]":
     trainer.save_model()
     folder = trainer.save_dataset(reports=[report])
     trainer.save_picture(out / "distilled_digits.png")
-    return report.as_report(), folder
+    table = report.as_report()
+    table.name, table.title = "distillation", "PAD: a ConvNet trained on ten digits"
+    return table, folder

@@ -2,9 +2,9 @@
 
 from typing import TypeGuard
 
-from .configuration_dyvm import DyVMConfig
-from .configuration_rmeeto import RMeeToVimConfig, merge_schedule, merging_blocks
-from .configuration_vim import VimConfig
+from hf_effml.vim.configuration_dyvm import DyVMConfig
+from hf_effml.vim.configuration_rmeeto import RMeeToVimConfig, merge_schedule, merging_blocks
+from hf_effml.vim.configuration_vim import VimConfig
 
 
 def count_multiply_adds(
@@ -34,7 +34,7 @@ def count_multiply_adds(
 
     ```python
     >>> from hf_effml import RMeeToVimConfig
-    >>> from hf_effml.vim.complexity import count_multiply_adds
+    >>> from hf_effml.vim.evaluation.complexity import count_multiply_adds
     >>> count = count_multiply_adds(RMeeToVimConfig(merge_r=5, num_labels=1000))
     >>> round(count["total"] / 1e9, 2), round(count["paper_total"] / 1e9, 3)
     (1.59, 1.285)

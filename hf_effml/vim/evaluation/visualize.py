@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .token_reduction import MergeInfo
+from hf_effml.vim.token_reduction import MergeInfo
 
 
 _SIDE = 448

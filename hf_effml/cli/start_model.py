@@ -1,0 +1,142 @@
+"""What programs share that train image models: the data, the Vim to start from, and what is said at the end."""
+
+import copy
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from hf_effml import Augmentation, ImageData, VimForImageClassification
+    from hf_effml.utils.report import Report
+
+
+@dataclass
+class StartArguments:
+    """What to start from, and what to train on."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Folder or Hub id of the trained Vim. `start_recipe` trains one if left out."}
+    )
+    start_recipe: str | None = field(
+        default=None, metadata={"help": "Recipe of `hf-effml train vim` that trains it, in OUTPUT_DIR/start."}
+    )
+    data: str = field(default="digits", metadata={"help": "digits, a folder, or the id of a data set on the Hub."})
+    drop_path_rate: float | None = field(
+        default=None, metadata={"help": "Stochastic depth of the last block; the start model's own if left out."}
+    )
+
+
+def trainer_options(augmentation: "Augmentation", args: Any, data: "ImageData", processor: Any) -> dict[str, Any]:
+    """Makes the keyword arguments of an image trainer.
+
+    Args:
+        augmentation ([`~hf_effml.Augmentation`]):
+            How training images are changed.
+        args (`TrainingArguments`):
+            How to train. Where labels are mixed, the mixing smooths them, and no longer the loss: a copy says so.
+        data ([`~hf_effml.ImageData`]):
+            The images.
+        processor (`BaseImageProcessor`):
+            What makes pixels of them.
+
+    Returns:
+        `dict[str, Any]`: all but the model.
+    """
+    collator = augmentation.collator(len(data.labels), args.label_smoothing_factor)
+    if collator is not None:
+        args = copy.copy(args)
+        args.label_smoothing_factor = 0.0
+    return {
+        "args": args,
+        "data_collator": collator,
+        "train_dataset": data.train,
+        "eval_dataset": data.test,
+        "processing_class": processor,
+    }
+
+
+def load_start(
+    script: StartArguments, augmentation: "Augmentation", args: Any
+) -> "tuple[VimForImageClassification, ImageData, dict[str, Any]]":
+    """Loads the Vim to start from, training it first if need be, and the data.
+
+    Args:
+        script ([`StartArguments`]):
+            What to load.
+        augmentation ([`~hf_effml.Augmentation`]):
+            How training images are changed.
+        args (`TrainingArguments`):
+            How to train.
+
+    Returns:
+        `tuple[VimForImageClassification, ImageData, dict]`: the Vim, the data, and [`trainer_options`].
+
+    Raises:
+        ValueError: If nothing says where to start, or the Vim knows another number of classes.
+    """
+    from transformers import set_seed
+
+    from hf_effml import VimForImageClassification, load_image_data, load_image_processor
+
+    start = script.model_name_or_path or _trained_start(script, args.output_dir)
+    set_seed(args.seed)
+    processor = load_image_processor(start)
+    data = load_image_data(script.data, processor, augmentation, seed=args.seed)
+    options = {} if script.drop_path_rate is None else {"drop_path_rate": script.drop_path_rate}
+    vim = VimForImageClassification.from_pretrained(start, **options)
+    if vim.config.num_labels != len(data.labels):
+        raise ValueError(
+            f"`{start}` knows {vim.config.num_labels} classes, `{data.name}` has {len(data.labels)}. Fine-tune it "
+            f"first: `hf-effml train vim --model_name_or_path {start} --data {script.data}`."
+        )
+    return vim, data, trainer_options(augmentation, args, data, processor)
+
+
+def _trained_start(script: StartArguments, output_dir: str) -> str:
+    """The folder of the start model; what an earlier run has left there is used or continued."""
+    if script.start_recipe is None:
+        raise ValueError(
+            "There is no model to start from. Give one with `--model_name_or_path FOLDER`, or the recipe that trains "
+            "one with `--start_recipe smoke`."
+        )
+    folder = Path(output_dir) / "start"
+    # Its card is written last.
+    if not (folder / "README.md").exists():
+        resume = ["--resume_from_checkpoint", "true"] if any(folder.glob("checkpoint-*")) else []
+        train = import_module("hf_effml.scripts.train_vim").main
+        train(["--recipe", script.start_recipe, "--output_dir", str(folder), *resume])
+    return str(folder)
+
+
+def finish_training(
+    trainer: Any, data: "ImageData", report: "Report", base_model: str | None = None, beside: str | None = None
+) -> None:
+    """Writes the card of a trained and saved model, and prints its table and how to load it.
+
+    Args:
+        trainer ([`~hf_effml.trainers.base.EffMLTrainer`]):
+            Has trained and saved the model.
+        data ([`~hf_effml.ImageData`]):
+            What the results were measured on.
+        report ([`~hf_effml.utils.report.Report`]):
+            The results; its last row is the model's.
+        base_model (`str`, *optional*):
+            What the model was made from.
+        beside (`str`, *optional*):
+            The row of the start model.
+    """
+    trainer.card_facts |= {
+        "results": report.card_results([*report.rows][-1], beside=beside),
+        "evaluated_on": data.name,
+        "base_model": base_model,
+        "datasets": [data.hub_id] if data.hub_id else [],
+    }
+    trainer.create_model_card()
+    folder = trainer.args.output_dir
+    print(f"\n{report.as_text()}\nWrote {folder}. To load it:")
+    print(f'AutoModelForImageClassification.from_pretrained("{folder}", trust_remote_code=True)')
+
+
+__all__ = ["StartArguments", "finish_training", "load_start", "trainer_options"]
