@@ -13,17 +13,21 @@ if TYPE_CHECKING:
     from .distillation import *  # noqa: F403
     from .token_router import *  # noqa: F403
     from .trainers import *  # noqa: F403
+    from .utils.augmentation import *  # noqa: F403
+    from .utils.image_data import *  # noqa: F403
     from .vim import *  # noqa: F403
 
 __version__ = "0.1.0"
 __all__ = ["__version__"]
 
+_PUBLIC = ("vim", "token_router", "distillation", "trainers", "utils.augmentation", "utils.image_data")
+
 
 def _load_public_names() -> None:
-    """Takes over what the subpackages list in their `__all__`; their import registers the models."""
-    for subpackage in ("hf_effml.vim", "hf_effml.token_router", "hf_effml.distillation", "hf_effml.trainers"):
+    """Takes over what the subpackages and modules list in their `__all__`; their import registers the models."""
+    for name in _PUBLIC:
         try:
-            module = import_module(subpackage)
+            module = import_module(f"hf_effml.{name}")
         except (ImportError, RuntimeError) as error:
             from .utils.imports import explain_failed_import
 
@@ -31,7 +35,7 @@ def _load_public_names() -> None:
             if explanation is None:
                 raise
             raise ImportError(explanation) from error
-        globals().update({name: getattr(module, name) for name in module.__all__})
+        globals().update({public: getattr(module, public) for public in module.__all__})
         __all__.extend(module.__all__)
 
 

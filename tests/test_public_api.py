@@ -17,7 +17,7 @@ from hf_effml.methods import METHODS, VIM, get_method
 
 
 ROOT = Path(__file__).parents[1]
-SUBPACKAGES = ("hf_effml.vim", "hf_effml.token_router", "hf_effml.distillation", "hf_effml.trainers")
+PUBLIC = [f"hf_effml.{name}" for name in hf_effml._PUBLIC]
 MODULES = sorted(
     ".".join(["hf_effml", *path.relative_to(ROOT / folder).with_suffix("").parts])
     if folder == "hf_effml"
@@ -37,10 +37,10 @@ def _run(code: str, **environment: str) -> subprocess.CompletedProcess:
     )
 
 
-def test_the_package_offers_what_the_subpackages_list():
-    names = [name for subpackage in SUBPACKAGES for name in import_module(subpackage).__all__]
+def test_the_package_offers_what_its_parts_list():
+    names = [name for module in PUBLIC for name in import_module(module).__all__]
     assert sorted(hf_effml.__all__) == sorted(["__version__", *names])
-    assert len(names) == len(set(names)), "two subpackages offer the same name"
+    assert len(names) == len(set(names)), "two offer the same name"
 
 
 @pytest.mark.parametrize("name", [name for name in hf_effml.__all__ if name != "__version__"])

@@ -1,8 +1,5 @@
 """One trainer per method."""
 
-from hf_effml.utils.augmentation import Augmentation, MixupCollator
-from hf_effml.utils.image_data import ImageData, load_image_data, load_image_processor
-
 from .dyvm import DyVMTrainer, DyVMTrainingArguments
 from .edf import EDFTrainer, EDFTrainingArguments
 from .expert import ExpertTrainer, ExpertTrainingArguments
@@ -15,16 +12,13 @@ from .vim import VimTrainer, VimTrainingArguments
 
 
 __all__ = [
-    "Augmentation",
     "DyVMTrainer",
     "DyVMTrainingArguments",
     "EDFTrainer",
     "EDFTrainingArguments",
     "ExpertTrainer",
     "ExpertTrainingArguments",
-    "ImageData",
     "MergeWarmupCallback",
-    "MixupCollator",
     "PADTrainer",
     "PADTrainingArguments",
     "RMeeToTrainer",
@@ -35,6 +29,4 @@ __all__ = [
     "TrajectoryMatchingTrainingArguments",
     "VimTrainer",
     "VimTrainingArguments",
-    "load_image_data",
-    "load_image_processor",
 ]

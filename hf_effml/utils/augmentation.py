@@ -16,6 +16,9 @@ from transformers import default_data_collator
 from .imports import require
 
 
+__all__ = ["Augmentation", "MixupCollator"]
+
+
 @dataclass
 class Augmentation:
     """How training changes the images.

@@ -18,6 +18,8 @@ from .augmentation import Augmentation
 from .imports import require
 
 
+__all__ = ["ImageData", "load_image_data", "load_image_processor"]
+
 DATA_VARIABLE = "HF_EFFML_DATA"
 _IMAGE_COLUMNS, _LABEL_COLUMNS = ("image", "img"), ("label", "labels", "fine_label")
 _TEST_SPLITS = ("validation", "valid", "test")
