@@ -37,8 +37,8 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
     import torch
 
     from hf_effml import ConvNetConfig
-    from hf_effml.distillation.cost import recipe_costs
     from hf_effml.distillation.evaluation import benchmarks
+    from hf_effml.distillation.evaluation.cost import recipe_costs
     from hf_effml.utils.benchmark import describe_run
 
     torch.set_num_threads(args.threads)

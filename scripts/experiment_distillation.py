@@ -128,7 +128,7 @@ def _train_bank(args: ExperimentArguments, data: RealImageData, seed: int, curri
     channels, *size = data.train.images.shape[1:]
     config = student_by_name(args.student, (size[0], size[1]), channels, data.num_labels)
     folder = Path(args.output_dir, f"{args.name}-bank-{seed}{'-curriculum' if curriculum else ''}")
-    rates = {"learning_rate": args.learning_rate, "seed": seed}
+    rates: dict[str, Any] = {"learning_rate": args.learning_rate, "seed": seed}
     settings = ExpertTrainingArguments(
         str(folder), args.num_experts, args.epochs, args.batch_size, eval_epochs=args.epochs, **rates
     )
@@ -162,7 +162,7 @@ def _measure(
     args: ExperimentArguments, model: DistilledDatasetModel, data: RealImageData, bank: TrajectoryBank, **options: bool
 ) -> dict[str, list[float]]:
     """Accuracies on the test images of students trained on the set: its last iterate, without any selection."""
-    how = {"protocol": get_protocol(args.protocol), "seeds": range(args.test_seeds), "full_epochs": 0}
+    how: dict[str, Any] = {"protocol": get_protocol(args.protocol), "seeds": range(args.test_seeds), "full_epochs": 0}
     how |= {"real": data.train, "bank": bank, "disable_tqdm": True, "baselines": False, **options}
     report = evaluate_distilled(model, bank.student_config, data.test, **how)
     return {name: list(each.values) for name, each in report.accuracies.items()}

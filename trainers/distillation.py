@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from hf_effml.distillation.bank.initialization import distilled_from_real
 from hf_effml.distillation.bank.trajectories import TrajectoryBank
-from hf_effml.distillation.cost import estimate_cost
+from hf_effml.distillation.evaluation.cost import estimate_cost
 from hf_effml.distillation.evaluation.measure import evaluate_distilled
 from hf_effml.distillation.evaluation.protocols import get_protocol
 from hf_effml.distillation.evaluation.report import EvaluationReport

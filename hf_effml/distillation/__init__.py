@@ -10,9 +10,9 @@ from .class_activation import class_activation_map
 from .configuration_convnet import ConvNetConfig
 from .configuration_distilled_dataset import DistilledDatasetConfig
 from .convert_convnet import convert_convnet_checkpoint
-from .cost import CostEstimate, estimate_cost
 from .differentiable_augmentation import AugmentationSettings, augment, draw_augmentation
 from .difficulty import score_difficulty
+from .evaluation.cost import CostEstimate, estimate_cost
 from .evaluation.measure import cross_architecture, evaluate_distilled
 from .evaluation.protocols import EvaluationProtocol
 from .evaluation.report import EvaluationReport

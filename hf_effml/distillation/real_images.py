@@ -1,7 +1,7 @@
 """Real images of a data set, preprocessed and in memory, as experts and evaluations of a distilled set need them."""
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -11,14 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_effml.utils.image_data import load_image_splits
-from hf_effml.utils.imports import require
-
-from .flat_student import seed_from
 from .image_processing_zca import ZCAImageProcessor
-
-
-_DIGITS_FOR_TRAINING = 1000
+from .image_rows import HashedImages, ImageRows, check_rows, read_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,40 +157,6 @@ class RealImageData:
         return self.train.num_labels
 
 
-@dataclass(frozen=True, eq=False)
-class _Rows:
-    """Images that are not read yet, with their class numbers."""
-
-    images: Any
-    labels: np.ndarray
-    column: str | None = None
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def take(self, indices: np.ndarray) -> "_Rows":
-        images = self.images[indices] if self.column is None else self.images.select(indices)
-        return _Rows(images, self.labels[indices], self.column)
-
-
-class _Hashed:
-    """The images of some rows; what is read from them goes into a digest, too."""
-
-    def __init__(self, rows: _Rows):
-        self._images = rows.images if rows.column is None else rows.images[rows.column]
-        self.digest = hashlib.blake2b(digest_size=16)
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def __iter__(self) -> Iterator[Any]:
-        for image in self._images:
-            array = np.ascontiguousarray(image)
-            self.digest.update(str(array.shape).encode())
-            self.digest.update(array.tobytes())
-            yield image
-
-
 def load_real_images(
     name: str,
     image_size: int | tuple[int, int] | None = None,
@@ -265,31 +225,29 @@ def load_real_images(
     """
     if not 0 <= validation_share < 1:
         raise ValueError(f"`validation_share` must be in [0, 1); got {validation_share}.")
-    train, test, names, hub_id, commit = _digits() if name == "digits" else _read_splits(name, revision)
-    train, test, names = _chosen_classes(name, classes, train, test, names)
-    train = _at_most(train, "max_train", max_train, seed)
-    test = _at_most(test, "max_test", max_test, seed)
-    train, validation = _cut_validation(train, validation_share, seed)
-    _check_images(name, train, test, names)
+    rows = read_rows(name, revision, classes)
+    train, test = rows.train.at_most("max_train", max_train, seed), rows.test.at_most("max_test", max_test, seed)
+    train, validation = train.cut_validation(validation_share, seed)
+    check_rows(name, train, test, rows.names)
     if processor is None:
         channels = num_channels or (1 if name == "digits" else 3)
         processor = ZCAImageProcessor(image_size, resize_mode, channels, do_whiten=whiten)
-    pixels = _read(train, names, processor)
+    pixels = _read(train, rows.names, processor)
     if not processor.is_fitted:
         processor.fit(pixels.images, device)
     return RealImageData(
-        name=hub_id or Path(name).name,
+        name=rows.hub_id or Path(name).name,
         train=_whitened(pixels, processor),
-        validation=_whitened(_read(validation, names, processor), processor) if len(validation) else None,
-        test=_whitened(_read(test, names, processor), processor),
+        validation=_whitened(_read(validation, rows.names, processor), processor) if len(validation) else None,
+        test=_whitened(_read(test, rows.names, processor), processor),
         processor=processor,
-        hub_id=hub_id,
-        revision=commit,
+        hub_id=rows.hub_id,
+        revision=rows.revision,
         arguments={
             # A path of this machine means nothing elsewhere.
             "name": None if Path(name).is_absolute() else name,
             "classes": None if classes is None else list(classes),
-            "revision": commit,
+            "revision": rows.revision,
             **{"validation_share": validation_share, "max_train": max_train, "max_test": max_test, "seed": seed},
         },
     )
@@ -328,106 +286,9 @@ def reload_real_images(
     return load_real_images(**settings, processor=processor)
 
 
-def _read_splits(name: str, revision: str | None) -> tuple[_Rows, _Rows, list[str], str | None, str | None]:
-    """Rows for training and testing, names of the classes, and id and commit on the Hub."""
-    splits = load_image_splits(name, revision)
-    image, label = splits.columns
-    train, test = (_Rows(rows, np.array(rows[label], dtype=np.int64), image) for rows in (splits.train, splits.test))
-    return train, test, splits.labels, splits.hub_id, splits.revision
-
-
-def _digits() -> tuple[_Rows, _Rows, list[str], None, None]:
-    digits = require("sklearn.datasets").load_digits()
-    order = np.random.RandomState(0).permutation(len(digits.target))
-    images, labels = (digits.images[order] / 16).astype(np.float32), digits.target[order]
-    cut = _DIGITS_FOR_TRAINING
-    train, test = _Rows(images[:cut], labels[:cut]), _Rows(images[cut:], labels[cut:])
-    return train, test, [str(name) for name in digits.target_names], None, None
-
-
-def _chosen_classes(
-    name: str, classes: Sequence[int] | None, train: _Rows, test: _Rows, names: list[str]
-) -> tuple[_Rows, _Rows, list[str]]:
-    """The rows of the classes to keep, numbered anew, and the names of those."""
-    for rows in (train, test):
-        _check_labels(name, rows, names)
-    if classes is None:
-        return train, test, names
-    _check_classes(name, classes, names)
-    train, test = (_keep_classes(rows, classes, len(names)) for rows in (train, test))
-    return train, test, [names[label] for label in classes]
-
-
-def _check_labels(name: str, rows: _Rows, names: list[str]) -> None:
-    wrong = rows.labels[(rows.labels < 0) | (rows.labels >= len(names))]
-    if len(wrong):
-        raise ValueError(
-            f"{len(wrong)} images of `{name}` have no class: {wrong[0]} is not in 0 to {len(names) - 1}. Take a "
-            "data set whose test images are labelled."
-        )
-
-
-def _check_classes(name: str, classes: Sequence[int], names: list[str]) -> None:
-    unknown = sorted({label for label in classes if not 0 <= label < len(names)})
-    if unknown or not len(classes):
-        raise ValueError(
-            f"`classes` must be numbers of classes of `{name}`, which are 0 to {len(names) - 1}; got "
-            f"{', '.join(map(str, unknown)) or 'none'}."
-        )
-    if len(set(classes)) < len(classes):
-        raise ValueError(f"`classes` must name every class once; got {list(classes)}.")
-
-
-def _check_images(name: str, train: _Rows, test: _Rows, names: list[str]) -> None:
-    counts = np.bincount(train.labels, minlength=len(names))
-    empty = [names[label] for label in np.flatnonzero(counts == 0)]
-    if empty:
-        raise ValueError(
-            f"{len(empty)} of {len(names)} classes of `{name}` have no image for training, such as {empty[:3]}. Leave "
-            "them out with `classes`, or raise `max_train`."
-        )
-    if not len(test):
-        raise ValueError(f"`{name}` has no test image of the classes that are kept.")
-
-
-def _keep_classes(rows: _Rows, classes: Sequence[int], known: int) -> _Rows:
-    renumbered = np.full(known, -1)
-    renumbered[list(classes)] = np.arange(len(classes))
-    labels = renumbered[rows.labels]
-    return replace(rows, labels=labels).take(np.flatnonzero(labels >= 0))
-
-
-def _at_most(rows: _Rows, argument: str, most: int | None, seed: int) -> _Rows:
-    """As many of every class as possible, in their old order."""
-    if most is None or most >= len(rows):
-        return rows
-    if most < 1:
-        raise ValueError(f"`{argument}` must be at least 1; got {most}.")
-    ranks = _random_ranks(rows.labels, seed_from(seed, argument))
-    return rows.take(np.sort(np.argsort(ranks, kind="stable")[:most]))
-
-
-def _cut_validation(rows: _Rows, share: float, seed: int) -> tuple[_Rows, _Rows]:
-    """Every class gives its share, at least one image, but never its only one."""
-    counts = np.bincount(rows.labels)
-    wanted = np.minimum(np.maximum(np.round(share * counts).astype(int), int(share > 0)), np.maximum(counts - 1, 0))
-    chosen = _random_ranks(rows.labels, seed_from(seed, "validation")) < wanted[rows.labels]
-    return rows.take(np.flatnonzero(~chosen)), rows.take(np.flatnonzero(chosen))
-
-
-def _random_ranks(labels: np.ndarray, seed: int) -> np.ndarray:
-    """Numbers the images of every class from 0 in a random order."""
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).numpy()
-    grouped = order[np.argsort(labels[order], kind="stable")]
-    counts = np.bincount(labels)
-    ranks = np.empty(len(labels), dtype=int)
-    ranks[grouped] = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
-    return ranks
-
-
-def _read(rows: _Rows, names: list[str], processor: ZCAImageProcessor) -> RealImages:
+def _read(rows: ImageRows, names: list[str], processor: ZCAImageProcessor) -> RealImages:
     """Images as pixels in [0, 1]."""
-    source = _Hashed(rows)
+    source = HashedImages(rows)
     pixels = processor.to_pixels(source)
     return RealImages(pixels, torch.from_numpy(rows.labels), names, _finish(source.digest, rows.labels, names))
 

@@ -7,8 +7,8 @@ from transformers import ResNetConfig, ViTConfig
 from hf_effml import VimConfig
 from hf_effml.cli.recipes import read_recipes
 from hf_effml.distillation.configuration_convnet import ConvNetConfig
-from hf_effml.distillation.cost import estimate_cost, recipe_costs
 from hf_effml.distillation.differentiable_augmentation import AugmentationSettings
+from hf_effml.distillation.evaluation.cost import estimate_cost, recipe_costs
 from hf_effml.distillation.flat_student import FlatStudent, build_student
 from hf_effml.distillation.unroll import (
     InnerProblem,

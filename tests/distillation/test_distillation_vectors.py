@@ -23,11 +23,11 @@ from hf_effml import (
 from hf_effml.distillation import matching
 from hf_effml.distillation.bank.files import write_bank, write_expert
 from hf_effml.distillation.bank.initialization import average_correct_logits
+from hf_effml.distillation.bank.segments import TrajectorySegments
 from hf_effml.distillation.differentiable_augmentation import AugmentationDraw, AugmentationSettings
 from hf_effml.distillation.flat_student import FlatStudent, build_student
 from hf_effml.distillation.matching import MatchingSettings, kept_entries, match_segment
 from hf_effml.distillation.unroll import InnerProblem, InnerStep, StudentDerivatives, soft_cross_entropy, unroll
-from hf_effml.trainers.trajectory_matching import TrajectorySegments
 
 
 VECTORS = Path(__file__).parents[1] / "vectors" / "distillation"

@@ -17,6 +17,7 @@ from hf_effml.distillation.bank.trajectories import TrajectoryBank
 from hf_effml.distillation.configuration_convnet import ConvNetConfig
 from hf_effml.distillation.flat_student import FlatStudent, build_student
 from hf_effml.distillation.image_processing_zca import ZCAImageProcessor
+from hf_effml.hub import check_folder, write_card
 
 
 def config_of(**fields):
@@ -276,6 +277,17 @@ def test_mean_accuracy(tmp_path):
     bank = TrajectoryBank.from_pretrained(tmp_path)
     assert bank.mean_accuracy("train") == pytest.approx({0: 0.3})
     assert bank.mean_accuracy() == pytest.approx({0: 0.15, 1: 0.8})
+
+
+def test_only_a_complete_bank_is_ready_for_the_hub(tmp_path):
+    make_bank(tmp_path, history=HISTORY)
+    write_card(tmp_path, "alice/bank")
+    (tmp_path / "unfinished").mkdir()
+    (tmp_path / "unfinished" / "notes.pt").write_bytes(b"mine")
+    check_folder(tmp_path)
+    (tmp_path / expert_name(0)).rename(tmp_path / "away")
+    with pytest.raises(ValueError, match=f"is not complete: `{expert_name(0)}` of 2 experts missing"):
+        check_folder(tmp_path)
 
 
 LOAD = """

@@ -21,6 +21,7 @@ from hf_effml import (
     distilled_from_real,
 )
 from hf_effml.distillation.bank.files import write_bank, write_expert
+from hf_effml.distillation.bank.segments import TrajectorySegments
 from hf_effml.distillation.flat_student import FlatStudent, build_student
 from hf_effml.trainers import trajectory_matching
 
@@ -211,9 +212,7 @@ def test_segments_without_a_loss_are_left_out(distil, standing_still):
 
 def test_no_loss_in_many_steps(distil, expert_bank, standing_still, tmp_path, monkeypatch):
     """Stops with the set as it was after the last good step, in memory and in `output_dir`."""
-    monkeypatch.setattr(
-        trajectory_matching.TrajectorySegments, "choose", lambda self, number: (0 if number >= 2 else 1, 0, number)
-    )
+    monkeypatch.setattr(TrajectorySegments, "choose", lambda self, number: (0 if number >= 2 else 1, 0, number))
     good = trained(distil(bank=standing_still, folder="good", max_steps=2))
     trainer = distil(bank=standing_still, max_bad_steps=3, max_steps=20)
     with pytest.raises(RuntimeError, match=r"not finite in 3 steps in a row.*lower `lr_lr`.*is saved in `.*run`"):

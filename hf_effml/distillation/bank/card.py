@@ -15,8 +15,8 @@ from transformers import PreTrainedConfig
 from hf_effml.hub import FolderKind, push_folder, write_card
 from hf_effml.utils.report import Column, Report
 
-from .files import BANK_NAME, expert_name, read_bank
-from .trajectories import PROCESSOR_FILES, TrajectoryBank, mean_accuracies
+from .files import BANK_NAME, expert_name, mean_accuracies, read_bank
+from .trajectories import PROCESSOR_FILES, TrajectoryBank
 
 
 __all__ = ["TrajectoryBankFolder", "push_bank"]

@@ -1,7 +1,7 @@
-"""Whether a student can follow the trajectories of a bank."""
+"""Whether a student can follow the trajectories of a bank, and whether they are long enough."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 from hf_effml.distillation.flat_student import FlatStudent, student_config
 
 
-__all__ = ["compare_student"]
+__all__ = ["check_range", "compare_student", "in_words"]
 
 # A student that differs in one of these is another network, whatever the shapes of its parameters.
 _DECISIVE = ("model_type", "num_labels", "image_size", "num_channels")
@@ -43,6 +43,55 @@ def compare_student(metadata: Mapping[str, Any], student: FlatStudent) -> tuple[
         length = sum(math.prod(shape) for shape in ours.values())
         wrong.append(f"{length} parameters in the bank, {student.numel} in the student")
     return wrong, doubtful
+
+
+def check_range(epochs: Sequence[int], max_start_epoch: int, expert_epochs: int, min_start_epoch: int) -> None:
+    """Checks that there are parameters for every start that can be drawn and for its target.
+
+    Args:
+        epochs (`Sequence[int]`):
+            Epochs that the bank keeps, ascending.
+        max_start_epoch, expert_epochs, min_start_epoch (`int`):
+            As for [`TrajectoryBank.check_range`].
+
+    Raises:
+        ValueError: If there are not.
+    """
+    if expert_epochs < 1:
+        raise ValueError(f"`expert_epochs` must be at least 1; got {expert_epochs}.")
+    if not 0 <= min_start_epoch < max_start_epoch:
+        raise ValueError(
+            f"`min_start_epoch` must be from 0 to below `max_start_epoch`; got {min_start_epoch} and "
+            f"{max_start_epoch}."
+        )
+    last, kept = epochs[-1], set(epochs)
+    starts = range(min_start_epoch, max_start_epoch)
+    broken = next((t for t in starts if not {t, t + expert_epochs} <= kept), max_start_epoch)
+    largest = min(broken, last - expert_epochs)
+    if largest >= max_start_epoch:
+        return
+    wanted = f"`max_start_epoch` {max_start_epoch} with `expert_epochs` {expert_epochs}"
+    what = f"It ends with epoch {last}" if broken > largest else f"A start at epoch {broken} cannot be matched"
+    if largest <= min_start_epoch:
+        remedy = f"No start from `min_start_epoch` {min_start_epoch} on is possible; the bank keeps {in_words(epochs)}"
+    else:
+        remedy = f"The largest possible `max_start_epoch` is {largest}"
+    raise ValueError(f"{wanted} goes beyond the bank. {what}. {remedy}.")
+
+
+def in_words(epochs: Sequence[int]) -> str:
+    """Writes epochs for people.
+
+    Args:
+        epochs (`Sequence[int]`):
+            Ascending.
+
+    Returns:
+        `str`: for example `"epochs 0 to 5"`.
+    """
+    if list(epochs) == list(range(epochs[0], epochs[-1] + 1)):
+        return f"epochs {epochs[0]} to {epochs[-1]}" if len(epochs) > 1 else f"epoch {epochs[0]}"
+    return f"epochs {', '.join(map(str, epochs))}"
 
 
 def _compare_configs(ours: PreTrainedConfig, theirs: Any) -> tuple[list[str], list[str]]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import statistics
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ __all__ = [
     "bank_fingerprint",
     "different_settings",
     "expert_name",
+    "mean_accuracies",
     "read_bank",
     "read_header",
     "write_bank",
@@ -189,6 +191,26 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]
     """
     # As one text: the order of several would change from run to run, and with it the file.
     write_safetensors(path, tensors, {_HEADER: json.dumps(header)})
+
+
+def mean_accuracies(metadata: Mapping[str, Any], split: str) -> dict[int, tuple[float, float]]:
+    """Averages over the experts what was measured.
+
+    Args:
+        metadata (`Mapping`):
+            Content of `bank.json`.
+        split (`str`):
+            `"train"` or `"validation"`.
+
+    Returns:
+        `dict[int, tuple[float, float]]`: mean and standard deviation for every epoch that was measured.
+    """
+    values: dict[int, list[float]] = {}
+    for history in metadata.get("history") or []:
+        for entry in history:
+            if entry.get(f"{split}_accuracy") is not None:
+                values.setdefault(entry["epoch"], []).append(entry[f"{split}_accuracy"])
+    return {epoch: (statistics.mean(each), statistics.pstdev(each)) for epoch, each in sorted(values.items())}
 
 
 def _differences(name: str, there: Any, here: Any) -> Iterator[tuple[str, Any, Any]]:

@@ -1,8 +1,7 @@
 """The bank of trajectories: the parameters of many networks, epoch by epoch, in one file per network."""
 
 import math
-import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +21,11 @@ from transformers.utils import logging
 from hf_effml.distillation.flat_student import FlatStudent, build_student, student_config
 from hf_effml.distillation.image_processing_zca import ZCAImageProcessor
 
-from .checks import compare_student
-from .files import BANK_NAME, bank_fingerprint, expert_name, read_bank, read_header
+from .checks import check_range, compare_student, in_words
+from .files import BANK_NAME, bank_fingerprint, expert_name, mean_accuracies, read_bank, read_header
 
 
-__all__ = ["PROCESSOR_FILES", "TrajectoryBank", "mean_accuracies"]
+__all__ = ["PROCESSOR_FILES", "TrajectoryBank"]
 
 logger = logging.get_logger(__name__)
 
@@ -286,26 +285,7 @@ class TrajectoryBank:
         Raises:
             ValueError: If there are not; the message has the largest `max_start_epoch` that is possible.
         """
-        if expert_epochs < 1:
-            raise ValueError(f"`expert_epochs` must be at least 1; got {expert_epochs}.")
-        if not 0 <= min_start_epoch < max_start_epoch:
-            raise ValueError(
-                f"`min_start_epoch` must be from 0 to below `max_start_epoch`; got {min_start_epoch} and "
-                f"{max_start_epoch}."
-            )
-        last = self.epochs[-1]
-        starts = range(min_start_epoch, max_start_epoch)
-        broken = next((t for t in starts if not {t, t + expert_epochs} <= self._rows.keys()), max_start_epoch)
-        largest = min(broken, last - expert_epochs)
-        if largest >= max_start_epoch:
-            return
-        wanted = f"`max_start_epoch` {max_start_epoch} with `expert_epochs` {expert_epochs}"
-        what = f"It ends with epoch {last}" if broken > largest else f"A start at epoch {broken} cannot be matched"
-        if largest <= min_start_epoch:
-            remedy = f"No start from `min_start_epoch` {min_start_epoch} on is possible; the bank keeps {self._kept()}"
-        else:
-            remedy = f"The largest possible `max_start_epoch` is {largest}"
-        raise ValueError(f"{wanted} goes beyond the bank. {what}. {remedy}.")
+        check_range(self.epochs, max_start_epoch, expert_epochs, min_start_epoch)
 
     def push_to_hub(
         self,
@@ -426,33 +406,8 @@ class TrajectoryBank:
     def _row(self, epoch: int) -> int:
         epoch = self.epochs[-1] if epoch == -1 else epoch
         if epoch not in self._rows:
-            raise ValueError(f"The bank has no parameters of epoch {epoch}; it keeps {self._kept()}.")
+            raise ValueError(f"The bank has no parameters of epoch {epoch}; it keeps {in_words(self.epochs)}.")
         return self._rows[epoch]
-
-    def _kept(self) -> str:
-        if self.epochs == list(range(self.epochs[0], self.epochs[-1] + 1)):
-            return f"epochs {self.epochs[0]} to {self.epochs[-1]}"
-        return f"epochs {', '.join(map(str, self.epochs))}"
-
-
-def mean_accuracies(metadata: Mapping[str, Any], split: str) -> dict[int, tuple[float, float]]:
-    """Averages over the experts what was measured.
-
-    Args:
-        metadata (`Mapping`):
-            Content of `bank.json`.
-        split (`str`):
-            `"train"` or `"validation"`.
-
-    Returns:
-        `dict[int, tuple[float, float]]`: mean and standard deviation for every epoch that was measured.
-    """
-    values: dict[int, list[float]] = {}
-    for history in metadata.get("history") or []:
-        for entry in history:
-            if entry.get(f"{split}_accuracy") is not None:
-                values.setdefault(entry["epoch"], []).append(entry[f"{split}_accuracy"])
-    return {epoch: (statistics.mean(each), statistics.pstdev(each)) for epoch, each in sorted(values.items())}
 
 
 def _listed(names: list[str], most: int = 3) -> str:

@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedConfig
 
-from .configuration_convnet import ConvNetConfig
-from .flat_student import build_student, math_attention, student_config
+from hf_effml.distillation.configuration_convnet import ConvNetConfig
+from hf_effml.distillation.flat_student import build_student, math_attention, student_config
 
 
 __all__ = ["CostEstimate", "estimate_cost", "recipe_costs"]
@@ -197,7 +197,7 @@ def estimate_cost(
 
     ```python
     >>> from hf_effml.distillation.configuration_convnet import ConvNetConfig
-    >>> from hf_effml.distillation.cost import estimate_cost
+    >>> from hf_effml.distillation.evaluation.cost import estimate_cost
 
     >>> cost = estimate_cost(ConvNetConfig(), (3, 32, 32), num_classes=10, ipc=50, syn_steps=80, batch_syn=500)
     >>> round(cost.gb_full_unroll), round(cost.gb_ours, 1), round(cost.tflop_ours)
