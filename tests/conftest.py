@@ -42,6 +42,21 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return min(os.cpu_count() or 1, 8)
 
 
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """After a run of all tests, how many lines of them there are to a line of what they test."""
+    if config.args != config.getini("testpaths") or hasattr(config, "workerinput"):
+        return
+    shares = []
+    for folder in sorted([*(REPOSITORY / "hf_effml").iterdir(), REPOSITORY / "trainers"]):
+        tests = REPOSITORY / "tests" / folder.name
+        if tests.is_dir():
+            written, tested = (
+                sum(len(path.read_text().splitlines()) for path in place.rglob("*.py")) for place in (tests, folder)
+            )
+            shares.append(f"{folder.name} {written / tested:.2f}")
+    terminalreporter.write_line(f"Lines of tests per line of code: {', '.join(shares)}")
+
+
 def pytest_unconfigure() -> None:
     shutil.rmtree(_HF_HOME, ignore_errors=True)
 

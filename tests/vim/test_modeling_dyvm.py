@@ -381,8 +381,8 @@ def test_autocast(training):
 
 
 def test_compiled_training_step():
-    model = build().train()
-    given, generator = pixels(model.config, 3), random_gates(3)
+    model = build(num_hidden_layers=3, pruning_layers=[1, 2]).train()
+    given, generator = pixels(model.config, 3), random_gates(3, blocks=3)
     kept = run(model.eval()).kept_indices
     model.train()
     wanted = model(given, kept_indices=kept, block_gates=generator).logits
