@@ -12,9 +12,8 @@ from .vim_run import VimRun
 
 
 class VimBackbone(BackboneMixin, VimEncoder):
-    r"""
-    Vision Mamba as a backbone for dense tasks: the residual stream after chosen blocks as feature maps, class token
-    left out.
+    r"""Vision Mamba as a backbone for dense tasks: the residual stream after chosen blocks as feature maps, class
+    token left out.
 
     Works in `UperNetForSemanticSegmentation` and everything else that takes a `backbone_config`.
 
@@ -47,13 +46,15 @@ class VimBackbone(BackboneMixin, VimEncoder):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> BackboneOutput | tuple:
-        """
-        Compute feature maps; images of any size are accepted.
+        """Compute feature maps; images of any size are accepted.
 
         Args:
-            pixel_values (`Tensor` of shape `(batch, channels, height, width)`): Normalised images.
-            output_hidden_states (`bool`, *optional*): Also return the tokens after every block.
-            return_dict (`bool`, *optional*): `False` returns a plain tuple.
+            pixel_values (`Tensor` of shape `(batch, channels, height, width)`):
+                Normalised images.
+            output_hidden_states (`bool`, *optional*):
+                Also return the tokens after every block.
+            return_dict (`bool`, *optional*):
+                `False` returns a plain tuple.
 
         Returns:
             `BackboneOutput`: `feature_maps`, one `(batch, hidden_size, rows, columns)` tensor per entry of

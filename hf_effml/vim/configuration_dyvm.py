@@ -11,9 +11,8 @@ from .configuration_vim import VimConfig
 
 @strict
 class DyVMConfig(VimConfig):
-    r"""
-    Configuration of [`DyVMModel`], [`DyVMForImageClassification`] and [`DyVMBackbone`], the models of "Dynamic Vision
-    Mamba" (https://huggingface.co/papers/2504.04787).
+    r"""Configuration of [`DyVMModel`], [`DyVMForImageClassification`] and [`DyVMBackbone`], the models of "Dynamic
+    Vision Mamba" (https://huggingface.co/papers/2504.04787).
 
     Args:
         pruning_layers (`list[int]`, *optional*):
@@ -25,29 +24,39 @@ class DyVMConfig(VimConfig):
             `int(share * patches)` tokens are kept. A list is taken as it is and may not increase.
         block_keep_ratio (`float`, *optional*, defaults to 0.8):
             Share of the scans that training aims to keep; 0.7 for base in the paper.
-        enable_token_pruning (`bool`, *optional*, defaults to `True`): Whether tokens are dropped at all.
-        enable_block_selection (`bool`, *optional*, defaults to `True`): Whether scan directions are skipped at all.
+        enable_token_pruning (`bool`, *optional*, defaults to `True`):
+            Whether tokens are dropped at all.
+        enable_block_selection (`bool`, *optional*, defaults to `True`):
+            Whether scan directions are skipped at all.
         token_selection (`str`, *optional*, defaults to `"learned"`):
             `"learned"` asks a predictor which tokens to keep. Two baselines without one: `"even"` keeps evenly spaced
             tokens; `"random"` draws new ones for every image in training, and in evaluation takes the same fixed ones
             for all images, by `token_selection_seed`.
-        token_selection_seed (`int`, *optional*, defaults to 0): Seed of `token_selection="random"` in evaluation.
-        token_gumbel_tau (`float`, *optional*, defaults to 1.0): Temperature of the token decisions in training.
-        block_gumbel_tau (`float`, *optional*, defaults to 2.0): Temperature of the gates in training.
+        token_selection_seed (`int`, *optional*, defaults to 0):
+            Seed of `token_selection="random"` in evaluation.
+        token_gumbel_tau (`float`, *optional*, defaults to 1.0):
+            Temperature of the token decisions in training.
+        block_gumbel_tau (`float`, *optional*, defaults to 2.0):
+            Temperature of the gates in training.
         block_gate_threshold (`float`, *optional*, defaults to 0.5):
             Probability above which a scan runs. With `None` training multiplies by the probability itself, and
             evaluation takes 0.5.
         block_gate_logit_offset (`float` or `list[list[float]]`, *optional*, defaults to 0.0):
             Added to the logits of the gates, one number or one per block and direction; written by
             `calibrate_block_gates`.
-        block_gate_bias_init (`float`, *optional*, defaults to 5.0): Initial bias of the gates: all scans run.
-        token_ratio_loss_weight (`float`, *optional*, defaults to 10.0): Weight of the loss that sets the token ratio.
-        block_ratio_loss_weight (`float`, *optional*, defaults to 10.0): Weight of the loss that sets the scan ratio.
-        distillation_weight (`float`, *optional*, defaults to 0.5): Weight of each of the two distillation losses.
+        block_gate_bias_init (`float`, *optional*, defaults to 5.0):
+            Initial bias of the gates: all scans run.
+        token_ratio_loss_weight (`float`, *optional*, defaults to 10.0):
+            Weight of the loss that sets the token ratio.
+        block_ratio_loss_weight (`float`, *optional*, defaults to 10.0):
+            Weight of the loss that sets the scan ratio.
+        distillation_weight (`float`, *optional*, defaults to 0.5):
+            Weight of each of the two distillation losses.
         inference_mode (`str`, *optional*, defaults to `"select"`):
             `"select"` runs a scan for the images that want it only; `"mask"` runs all of them and multiplies by the
             gates, which gives the same values with static shapes. `torch.compile` and `torch.export` always mask.
-        kwargs: The fields of [`VimConfig`].
+        kwargs:
+            The fields of [`VimConfig`].
 
     Raises:
         StrictDataclassError: If a field has the wrong type or an impossible value; the message names both.
@@ -124,11 +133,11 @@ class DyVMConfig(VimConfig):
         return super().to_dict() | {"tokens_kept_at_default_size": self.tokens_kept_at_default_size}
 
     def stage_ratios(self, ratio: float | int) -> list[float | int]:
-        """
-        The powers of a ratio, one per stage.
+        """The powers of a ratio, one per stage.
 
         Args:
-            ratio (`float`): Share of the tokens that a stage keeps of those it gets.
+            ratio (`float`):
+                Share of the tokens that a stage keeps of those it gets.
 
         Returns:
             `list[float]`: Shares of the original number of patches.
@@ -136,11 +145,11 @@ class DyVMConfig(VimConfig):
         return [ratio**stage for stage in range(1, len(self.pruning_layers or []) + 1)]
 
     def tokens_kept(self, num_patches: int) -> list[int]:
-        """
-        How many patch tokens every stage keeps.
+        """How many patch tokens every stage keeps.
 
         Args:
-            num_patches (`int`): Patches of the image.
+            num_patches (`int`):
+                Patches of the image.
 
         Returns:
             `list[int]`: One number per stage, at least 1; empty without token pruning.

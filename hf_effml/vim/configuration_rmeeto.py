@@ -9,9 +9,8 @@ from .configuration_vim import VimConfig
 
 @strict
 class RMeeToVimConfig(VimConfig):
-    r"""
-    Configuration of [`RMeeToVimModel`] and [`RMeeToVimForImageClassification`], the models of "Faster Vision Mamba is
-    Rebuilt in Minutes via Merged Token Re-training" (https://huggingface.co/papers/2412.12496).
+    r"""Configuration of [`RMeeToVimModel`] and [`RMeeToVimForImageClassification`], the models of "Faster Vision Mamba
+    is Rebuilt in Minutes via Merged Token Re-training" (https://huggingface.co/papers/2412.12496).
 
     Block `i` merges its input if `i > 0` and `(i + merge_offset) % merge_interval == 0`. Token merging adds no
     parameter: weights of a plain Vim load as they are.
@@ -23,15 +22,19 @@ class RMeeToVimConfig(VimConfig):
             the merging blocks by itself. At most half of a block's tokens, class tokens left out, can be removed.
         merge_target_ratio (`float`, *optional*):
             Share of the tokens to save, averaged over all blocks, instead of `merge_r`: the nearest `int` is used.
-        merge_interval (`int`, *optional*, defaults to 2): Blocks from one merge to the next.
+        merge_interval (`int`, *optional*, defaults to 2):
+            Blocks from one merge to the next.
         merge_offset (`int`, *optional*, defaults to 0):
             Shifts the merging blocks forward; 1 with interval 2 merges in blocks 1, 3, 5, ...
         merge_metric (`str`, *optional*, defaults to `"hidden"`):
             What similarity is measured on: the previous mixer's output (`"hidden"`), or its `"B"`, `"C"` or `"delta"`.
-        merge_distance (`str`, *optional*, defaults to `"cosine"`): `"cosine"`, `"l1"` or `"l2"`, on unit vectors.
-        merge_mode (`str`, *optional*, defaults to `"merge"`): `"merge"`, or `"prune"` to drop the same tokens.
-        merge_reduce (`str`, *optional*, defaults to `"mean"`): `"mean"`, `"average"`, `"amax"` or `"amin"`, see
-            [`TokenPlan.merge`]. (The official code calls the first `sum` and the second `mean`.)
+        merge_distance (`str`, *optional*, defaults to `"cosine"`):
+            `"cosine"`, `"l1"` or `"l2"`, on unit vectors.
+        merge_mode (`str`, *optional*, defaults to `"merge"`):
+            `"merge"`, or `"prune"` to drop the same tokens.
+        merge_reduce (`str`, *optional*, defaults to `"mean"`):
+            `"mean"`, `"average"`, `"amax"` or `"amin"`, see [`TokenPlan.merge`]. (The official code calls the first
+            `sum` and the second `mean`.)
         merge_matching (`str`, *optional*, defaults to `"bipartite"`):
             `"bipartite"`, `"local"` (neighbours only; linear cost), or `"random"`, a baseline.
         merge_keep_order (`bool`, *optional*, defaults to `True`):
@@ -42,8 +45,10 @@ class RMeeToVimConfig(VimConfig):
         merge_legacy_last_target (`int`, *optional*):
             Number of tokens that the last merging blocks (those within `merge_interval` of the end) cut down to,
             whatever `merge_r` is. The official code does this with 76 at 224 pixels; off by default.
-        merge_seed (`int`, *optional*, defaults to 0): Seed of `merge_matching="random"`.
-        kwargs: The fields of [`VimConfig`].
+        merge_seed (`int`, *optional*, defaults to 0):
+            Seed of `merge_matching="random"`.
+        kwargs:
+            The fields of [`VimConfig`].
 
     Raises:
         StrictDataclassError: If a field has the wrong type or an impossible value; the message names both.
@@ -131,11 +136,11 @@ def _merges_tokens(config: VimConfig) -> TypeGuard[RMeeToVimConfig]:
 
 
 def merging_blocks(config: VimConfig) -> list[int]:
-    """
-    The blocks whose input is merged, whatever the amount.
+    """The blocks whose input is merged, whatever the amount.
 
     Args:
-        config ([`VimConfig`]): A plain one has none.
+        config ([`VimConfig`]):
+            A plain one has none.
 
     Returns:
         `list[int]`: Their indices, ascending.
@@ -149,12 +154,13 @@ def merging_blocks(config: VimConfig) -> list[int]:
 
 
 def requested_merges(config: VimConfig, num_tokens: int | None = None) -> list[tuple[int, int]]:
-    """
-    What every block is asked to remove, and what it can: half of the tokens it gets, class tokens left out.
+    """What every block is asked to remove, and what it can: half of the tokens it gets, class tokens left out.
 
     Args:
-        config ([`VimConfig`]): A plain one asks for nothing.
-        num_tokens (`int`, *optional*): Tokens before block 0, class tokens included; those of `config` by default.
+        config ([`VimConfig`]):
+            A plain one asks for nothing.
+        num_tokens (`int`, *optional*):
+            Tokens before block 0, class tokens included; those of `config` by default.
 
     Returns:
         `list[tuple[int, int]]`: Per block, the request and what is removed.
@@ -213,12 +219,13 @@ def _lengths(merges: list[tuple[int, int]], tokens: int) -> list[int]:
 
 
 def merge_schedule(config: VimConfig, num_tokens: int | None = None) -> list[int]:
-    """
-    Number of tokens inside every block.
+    """Number of tokens inside every block.
 
     Args:
-        config ([`VimConfig`]): A plain one keeps them all.
-        num_tokens (`int`, *optional*): Tokens before block 0, class tokens included; those of `config` by default.
+        config ([`VimConfig`]):
+            A plain one keeps them all.
+        num_tokens (`int`, *optional*):
+            Tokens before block 0, class tokens included; those of `config` by default.
 
     Returns:
         `list[int]`: One number per block.
@@ -231,11 +238,11 @@ def merge_schedule(config: VimConfig, num_tokens: int | None = None) -> list[int
 
 
 def reduction_ratio(tokens_per_layer: list[int]) -> float:
-    """
-    The paper's reduction ratio: share of the tokens that is saved, averaged over all blocks.
+    """The paper's reduction ratio: share of the tokens that is saved, averaged over all blocks.
 
     Args:
-        tokens_per_layer (`list[int]`): See [`merge_schedule`].
+        tokens_per_layer (`list[int]`):
+            See [`merge_schedule`].
 
     Returns:
         `float`: 0 without merging.

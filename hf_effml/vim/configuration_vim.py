@@ -10,34 +10,46 @@ from transformers.backbone_utils import BackboneConfigMixin
 
 @strict
 class VimConfig(BackboneConfigMixin, PreTrainedConfig):
-    r"""
-    Configuration of [`VimModel`] and its heads. The defaults give Vim-tiny of "Vision Mamba"
+    r"""Configuration of [`VimModel`] and its heads. The defaults give Vim-tiny of "Vision Mamba"
     (https://huggingface.co/papers/2401.09417); `hidden_size` 384 and 768 give small and base.
 
     Args:
         image_size (`int` or `list[int]`, *optional*, defaults to 224):
             Height and width in pixels, or one number for both.
-        patch_size (`int`, *optional*, defaults to 16): Side of a patch in pixels.
+        patch_size (`int`, *optional*, defaults to 16):
+            Side of a patch in pixels.
         patch_stride (`int`, *optional*, defaults to `patch_size`):
             Step between patches. A smaller one overlaps them: the "+" models use 8, four times the tokens.
-        num_channels (`int`, *optional*, defaults to 3): Channels of the image.
-        hidden_size (`int`, *optional*, defaults to 192): Width of the residual stream.
-        num_hidden_layers (`int`, *optional*, defaults to 24): Number of blocks.
+        num_channels (`int`, *optional*, defaults to 3):
+            Channels of the image.
+        hidden_size (`int`, *optional*, defaults to 192):
+            Width of the residual stream.
+        num_hidden_layers (`int`, *optional*, defaults to 24):
+            Number of blocks.
         state_size (`int`, *optional*, defaults to 16):
             States per channel of the scan; time and memory of the scan grow with it.
-        conv_kernel (`int`, *optional*, defaults to 4): Length of the depthwise convolution before the scan.
-        expand (`int`, *optional*, defaults to 2): Inner width of the mixer over `hidden_size`.
+        conv_kernel (`int`, *optional*, defaults to 4):
+            Length of the depthwise convolution before the scan.
+        expand (`int`, *optional*, defaults to 2):
+            Inner width of the mixer over `hidden_size`.
         time_step_rank (`int` or `"auto"`, *optional*, defaults to `"auto"`):
             Rank of the step-size projection; `"auto"` is `ceil(hidden_size / 16)`.
-        time_step_min (`float`, *optional*, defaults to 0.001): Smallest initial step size.
-        time_step_max (`float`, *optional*, defaults to 0.1): Largest initial step size.
-        time_step_floor (`float`, *optional*, defaults to 1e-4): Lower clamp of the initial step size.
-        time_step_scale (`float`, *optional*, defaults to 1.0): Scale of the initial step-size projection.
+        time_step_min (`float`, *optional*, defaults to 0.001):
+            Smallest initial step size.
+        time_step_max (`float`, *optional*, defaults to 0.1):
+            Largest initial step size.
+        time_step_floor (`float`, *optional*, defaults to 1e-4):
+            Lower clamp of the initial step size.
+        time_step_scale (`float`, *optional*, defaults to 1.0):
+            Scale of the initial step-size projection.
         time_step_init_scheme (`"random"` or `"constant"`, *optional*, defaults to `"random"`):
             How that projection starts.
-        use_conv_bias (`bool`, *optional*, defaults to `True`): Whether the convolutions have a bias.
-        use_bias (`bool`, *optional*, defaults to `False`): Whether the input and output projections have a bias.
-        layer_norm_eps (`float`, *optional*, defaults to 1e-5): Epsilon of the RMS norms.
+        use_conv_bias (`bool`, *optional*, defaults to `True`):
+            Whether the convolutions have a bias.
+        use_bias (`bool`, *optional*, defaults to `False`):
+            Whether the input and output projections have a bias.
+        layer_norm_eps (`float`, *optional*, defaults to 1e-5):
+            Epsilon of the RMS norms.
         residual_in_fp32 (`bool`, *optional*, defaults to `True`):
             Keep the residual stream in float32 in half-precision models.
         cls_token_position (`str`, *optional*, defaults to `"middle"`):
@@ -48,16 +60,19 @@ class VimConfig(BackboneConfigMixin, PreTrainedConfig):
             Halve the sum of the two directions, as all published weights do.
         layer_scale_init_value (`float`, *optional*):
             Initial value of a learned scale on every mixer's output; none if unset.
-        hidden_dropout_prob (`float`, *optional*, defaults to 0.0): Dropout after the position embedding.
+        hidden_dropout_prob (`float`, *optional*, defaults to 0.0):
+            Dropout after the position embedding.
         drop_path_rate (`float`, *optional*, defaults to 0.0):
             Stochastic depth of the last block; it grows linearly from 0.
-        use_abs_pos_embed (`bool`, *optional*, defaults to `True`): Whether to add a learned position embedding.
+        use_abs_pos_embed (`bool`, *optional*, defaults to `True`):
+            Whether to add a learned position embedding.
         initializer_range (`float`, *optional*, defaults to 0.02):
             Standard deviation of class token, positions and classifier.
         symmetric_dt_init (`bool`, *optional*, defaults to `False`):
             Initialise the backward direction's step sizes like the forward ones. The original leaves their bias at
-            zero (vim.md 3.4), a quirk kept by default for parity.
-        out_features, out_indices: Stages that [`VimBackbone`] returns, of `"stem"`, `"stage1"`, ... ; the last by
+            zero, a quirk kept by default for parity.
+        out_features, out_indices:
+            Stages that [`VimBackbone`] returns, of `"stem"`, `"stage1"`, ... ; the last by
         default.
 
     Raises:

@@ -30,13 +30,14 @@ _DYVM_RATIOS = {192: (0.9, 0.8), 384: (0.7, 0.8), 768: (0.7, 0.7)}
 
 
 def vim_image_processor(image_size: int = 224, crop_share: float = 0.875) -> "BitImageProcessor":
-    """
-    The evaluation transform of the official models: shorter side to `image_size / crop_share`, bicubic, centre crop,
-    ImageNet statistics.
+    """The evaluation transform of the official models: shorter side to `image_size / crop_share`, bicubic, centre
+    crop, ImageNet statistics.
 
     Args:
-        image_size (`int`, *optional*, defaults to 224): Side of the crop in pixels.
-        crop_share (`float`, *optional*, defaults to 0.875): Share of the shorter side that the crop keeps.
+        image_size (`int`, *optional*, defaults to 224):
+            Side of the crop in pixels.
+        crop_share (`float`, *optional*, defaults to 0.875):
+            Share of the shorter side that the crop keeps.
 
     Returns:
         `BitImageProcessor`: Save it beside the model; `AutoImageProcessor` then finds it.
@@ -64,14 +65,14 @@ def vim_image_processor(image_size: int = 224, crop_share: float = 0.875) -> "Bi
 
 
 def read_official_checkpoint(source: str | Path, use_ema: bool = False) -> dict[str, Tensor]:
-    """
-    Read an official checkpoint without running code from it.
+    """Read an official checkpoint without running code from it.
 
     Args:
         source (`str` or `Path`):
             A `.safetensors` file, or a `.pth` file: a state dict, or a training checkpoint that holds one. Pickles are
             read with `weights_only=True`, and of other classes only `argparse.Namespace` is allowed.
-        use_ema (`bool`, *optional*, defaults to `False`): Take the moving average of the weights (`model_ema`).
+        use_ema (`bool`, *optional*, defaults to `False`):
+            Take the moving average of the weights (`model_ema`).
 
     Returns:
         `dict[str, Tensor]`: The state dict with official keys, without a `module.` prefix.
@@ -106,14 +107,16 @@ def read_official_checkpoint(source: str | Path, use_ema: bool = False) -> dict[
 
 
 def detect_vim_config(state: dict[str, Tensor], image_size: int = 224, **overrides: Any) -> VimConfig:
-    """
-    Work out the configuration from the shapes of an official state dict (vim.md 3.2).
+    """Work out the configuration from the shapes of an official state dict.
 
     Args:
-        state (`dict[str, Tensor]`): State dict with official keys.
-        image_size (`int`, *optional*, defaults to 224): Side in pixels that the position table is for.
-        overrides: Fields of [`VimConfig`] that weights do not show, as `divide_output` or
-            `cls_token_position="head"`; for a DyVM also those of [`DyVMConfig`], as `token_keep_ratio`.
+        state (`dict[str, Tensor]`):
+            State dict with official keys.
+        image_size (`int`, *optional*, defaults to 224):
+            Side in pixels that the position table is for.
+        overrides:
+            Fields of [`VimConfig`] that weights do not show, as `divide_output` or `cls_token_position="head"`; for a
+            DyVM also those of [`DyVMConfig`], as `token_keep_ratio`.
 
     Returns:
         [`VimConfig`], or [`DyVMConfig`] where there are token predictors or gates.
@@ -201,18 +204,25 @@ def convert_vim_checkpoint(
     id2label: dict[int, str] | None = None,
     **overrides: Any,
 ) -> VimForImageClassification:
-    """
-    Convert an official checkpoint to a folder with model, configuration and image processor.
+    """Convert an official checkpoint to a folder with model, configuration and image processor.
 
     Args:
-        source (`str` or `Path`): See [`read_official_checkpoint`].
-        output_dir (`str` or `Path`): Folder to write.
-        use_ema (`bool`, *optional*, defaults to `False`): Take the moving average of the weights.
-        trained_image_size (`int`, *optional*, defaults to 224): Side in pixels that the checkpoint was trained for.
-        image_size (`int`, *optional*): Side wanted, if another; the position table is interpolated.
-        patch_stride (`int`, *optional*): Patch stride wanted, if another; the position table is interpolated.
-        id2label (`dict[int, str]`, *optional*): Names of the classes.
-        overrides: See [`detect_vim_config`].
+        source (`str` or `Path`):
+            See [`read_official_checkpoint`].
+        output_dir (`str` or `Path`):
+            Folder to write.
+        use_ema (`bool`, *optional*, defaults to `False`):
+            Take the moving average of the weights.
+        trained_image_size (`int`, *optional*, defaults to 224):
+            Side in pixels that the checkpoint was trained for.
+        image_size (`int`, *optional*):
+            Side wanted, if another; the position table is interpolated.
+        patch_stride (`int`, *optional*):
+            Patch stride wanted, if another; the position table is interpolated.
+        id2label (`dict[int, str]`, *optional*):
+            Names of the classes.
+        overrides:
+            See [`detect_vim_config`].
 
     Returns:
         [`VimForImageClassification`] or [`DyVMForImageClassification`]: The converted model, also saved in

@@ -14,17 +14,23 @@ from .vim_blocks import VimBlock, VimMixer
 
 
 class Gating(NamedTuple):
-    """
-    How a mixer decides which directions to scan.
+    """How a mixer decides which directions to scan.
 
     Args:
-        class_rows (`Tensor` of shape `(batch, class tokens)`): The tokens that decide; without any, the mean does.
-        offset (`Tensor` of shape `(2,)`): Added to the logits.
-        threshold (`float`, *optional*): Probability above which a scan runs; `None` gives soft gates with noise.
-        tau (`float`): Temperature with noise.
-        noise (`Tensor` of shape `(batch, 2)`, *optional*): Difference of two Gumbel draws, in training.
-        forced (`Tensor` of shape `(batch, 2)`, *optional*): The gates, if they are decided already.
-        select (`bool`): Whether closed directions are left out, instead of multiplied by 0.
+        class_rows (`Tensor` of shape `(batch, class tokens)`):
+            The tokens that decide; without any, the mean does.
+        offset (`Tensor` of shape `(2,)`):
+            Added to the logits.
+        threshold (`float`, *optional*):
+            Probability above which a scan runs; `None` gives soft gates with noise.
+        tau (`float`):
+            Temperature with noise.
+        noise (`Tensor` of shape `(batch, 2)`, *optional*):
+            Difference of two Gumbel draws, in training.
+        forced (`Tensor` of shape `(batch, 2)`, *optional*):
+            The gates, if they are decided already.
+        select (`bool`):
+            Whether closed directions are left out, instead of multiplied by 0.
     """
 
     class_rows: Tensor
@@ -36,11 +42,11 @@ class Gating(NamedTuple):
     select: bool
 
     def decide(self, logits: Tensor) -> Tensor:
-        """
-        Logits to gates.
+        """Logits to gates.
 
         Args:
-            logits (`Tensor` of shape `(batch, 2)`): Offset included.
+            logits (`Tensor` of shape `(batch, 2)`):
+                Offset included.
 
         Returns:
             `Tensor` of shape `(batch, 2)`: 0 or 1, with the gradient of the probability under noise.
@@ -61,7 +67,7 @@ class DyVMGateHead(nn.Linear):
 
 
 class DyVMMixer(VimMixer):
-    """The mixer of Vim with a gate on each direction, read off the projected class token (dyvm.md 2.5)."""
+    """The mixer of Vim with a gate on each direction, read off the projected class token."""
 
     def __init__(self, config: DyVMConfig):
         super().__init__(config)
@@ -76,8 +82,7 @@ class DyVMMixer(VimMixer):
         gating: Gating | None = None,
         **options: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """
-        Mix tokens along the sequence, in the directions that are open.
+        """Mix tokens along the sequence, in the directions that are open.
 
         Args:
             hidden_states (`Tensor` of shape `(batch, tokens, hidden_size)`):

@@ -14,8 +14,7 @@ from .vim_run import VimRun
 
 
 class DyVMRun(VimRun):
-    """
-    One forward pass of a DyVM: the layout of the stream at the moment, and everything that was decided so far.
+    """One forward pass of a DyVM: the layout of the stream at the moment, and everything that was decided so far.
 
     Args:
         config ([`DyVMConfig`]):
@@ -78,11 +77,11 @@ class DyVMRun(VimRun):
             raise ValueError(f"`block_gates` must be {(self.batch, blocks, 2)}; got {tuple(gates.shape)}.")
 
     def prunes(self, block: int) -> bool:
-        """
-        Whether tokens are dropped before a block.
+        """Whether tokens are dropped before a block.
 
         Args:
-            block (`int`): Its index.
+            block (`int`):
+                Its index.
 
         Returns:
             `bool`
@@ -90,8 +89,7 @@ class DyVMRun(VimRun):
         return block in self.stages
 
     def step(self, block: int, layer: nn.Module, stream: Tensor) -> Tensor:
-        """
-        Choose tokens if it is time to, and apply a block; see [`VimRun`].
+        """Choose tokens if it is time to, and apply a block; see [`VimRun`].
 
         In training dropped tokens stay, masked behind the others; in evaluation they are gone, and a scan runs for the
         images whose gate is open.

@@ -21,14 +21,15 @@ _GROUPS = ("global", "block", "direction")
 def calibrate(
     model: Any, dataloader: Iterable[Any], target: float | None, per: str, max_batches: int | None
 ) -> list[dict[str, Any]]:
-    """
-    What `calibrate_block_gates` of the DyVM models does; see there.
+    """What `calibrate_block_gates` of the DyVM models does; see there.
 
     A gate that closes changes what later blocks see, so the offsets are found in a few rounds.
 
     Args:
-        model ([`DyVMModel`] or [`DyVMForImageClassification`]): Its configuration is changed.
-        dataloader, target, per, max_batches: See there.
+        model ([`DyVMModel`] or [`DyVMForImageClassification`]):
+            Its configuration is changed.
+        dataloader, target, per, max_batches:
+            See there.
 
     Returns:
         `list[dict[str, Any]]`: See there.

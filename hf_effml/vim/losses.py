@@ -12,8 +12,8 @@ from .token_selection import patch_rows
 
 
 def logit_divergence(logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """
-    How far classes are from a teacher's: the Kullback-Leibler divergence of a mean image, of R-MeeTo and DyVM alike.
+    """How far classes are from a teacher's: the Kullback-Leibler divergence of a mean image, of R-MeeTo and DyVM
+    alike.
 
     Args:
         logits (`Tensor` of shape `(batch, num_labels)`):
@@ -31,12 +31,13 @@ def logit_divergence(logits: Tensor, teacher_logits: Tensor, temperature: float 
 
 
 def dyvm_patch_features(last_hidden_state: Tensor, cls_token_index: Tensor) -> Tensor:
-    """
-    Patch tokens without the class token(s).
+    """Patch tokens without the class token(s).
 
     Args:
-        last_hidden_state (`Tensor` of shape `(batch, tokens, hidden_size)`): All tokens.
-        cls_token_index (`Tensor` of shape `(batch, class tokens)`): Rows of the class token(s).
+        last_hidden_state (`Tensor` of shape `(batch, tokens, hidden_size)`):
+            All tokens.
+        cls_token_index (`Tensor` of shape `(batch, class tokens)`):
+            Rows of the class token(s).
 
     Returns:
         `Tensor` of shape `(batch, patches, hidden_size)`: In their order.
@@ -46,12 +47,13 @@ def dyvm_patch_features(last_hidden_state: Tensor, cls_token_index: Tensor) -> T
 
 
 def dyvm_token_ratio_loss(token_decisions: tuple[Tensor, ...], keep_ratios: list[float | int]) -> Tensor:
-    """
-    Squared distance between the share of tokens that each image keeps and the share wanted, mean over the stages.
+    """Squared distance between the share of tokens that each image keeps and the share wanted, mean over the stages.
 
     Args:
-        token_decisions (`tuple[Tensor, ...]`): Per stage `(batch, patches)` 0 or 1 for every original patch.
-        keep_ratios (`list[float]`): Per stage the share wanted.
+        token_decisions (`tuple[Tensor, ...]`):
+            Per stage `(batch, patches)` 0 or 1 for every original patch.
+        keep_ratios (`list[float]`):
+            Per stage the share wanted.
 
     Returns:
         `Tensor` of shape `()`
@@ -61,12 +63,13 @@ def dyvm_token_ratio_loss(token_decisions: tuple[Tensor, ...], keep_ratios: list
 
 
 def dyvm_block_ratio_loss(block_gates: Tensor, keep_ratio: float | int) -> Tensor:
-    """
-    Squared distance between the share of scans that run, over the batch, and the share wanted.
+    """Squared distance between the share of scans that run, over the batch, and the share wanted.
 
     Args:
-        block_gates (`Tensor` of shape `(batch, blocks, 2)`): The gates.
-        keep_ratio (`float`): The share wanted.
+        block_gates (`Tensor` of shape `(batch, blocks, 2)`):
+            The gates.
+        keep_ratio (`float`):
+            The share wanted.
 
     Returns:
         `Tensor` of shape `()`
@@ -77,14 +80,17 @@ def dyvm_block_ratio_loss(block_gates: Tensor, keep_ratio: float | int) -> Tenso
 def dyvm_token_distillation_loss(
     features: Tensor, teacher_features: Tensor, positions: Tensor, policy: Tensor | None = None
 ) -> Tensor:
-    """
-    Mean squared distance of kept tokens to the teacher's at the same place of the image; 0 if none is kept.
+    """Mean squared distance of kept tokens to the teacher's at the same place of the image; 0 if none is kept.
 
     Args:
-        features (`Tensor` of shape `(batch, patches, hidden_size)`): Patch tokens of the student, in its order.
-        teacher_features (`Tensor` of shape `(batch, original patches, hidden_size)`): Those of the teacher.
-        positions (`Tensor` of shape `(batch, patches)`): Original patch of every token of the student.
-        policy (`Tensor` of shape `(batch, patches)`, *optional*): 1 for kept tokens; all are without it.
+        features (`Tensor` of shape `(batch, patches, hidden_size)`):
+            Patch tokens of the student, in its order.
+        teacher_features (`Tensor` of shape `(batch, original patches, hidden_size)`):
+            Those of the teacher.
+        positions (`Tensor` of shape `(batch, patches)`):
+            Original patch of every token of the student.
+        policy (`Tensor` of shape `(batch, patches)`, *optional*):
+            1 for kept tokens; all are without it.
 
     Returns:
         `Tensor` of shape `()`
@@ -97,12 +103,13 @@ def dyvm_token_distillation_loss(
 
 
 def dyvm_ratio_losses(outputs: Any, config: DyVMConfig) -> dict[str, Tensor]:
-    """
-    The weighted ratio losses of a forward pass in training.
+    """The weighted ratio losses of a forward pass in training.
 
     Args:
-        outputs ([`DyVMModelOutput`] or [`DyVMImageClassifierOutput`]): Of the student.
-        config ([`DyVMConfig`]): Targets and weights.
+        outputs ([`DyVMModelOutput`] or [`DyVMImageClassifierOutput`]):
+            Of the student.
+        config ([`DyVMConfig`]):
+            Targets and weights.
 
     Returns:
         `dict[str, Tensor]`: `token_ratio` and `block_ratio`, each if its mechanism is on.
@@ -120,15 +127,17 @@ def dyvm_ratio_losses(outputs: Any, config: DyVMConfig) -> dict[str, Tensor]:
 def dyvm_distillation_losses(
     outputs: Any, teacher_logits: Tensor, teacher_features: Tensor, config: DyVMConfig
 ) -> dict[str, Tensor]:
-    """
-    The weighted distillation losses of a forward pass.
+    """The weighted distillation losses of a forward pass.
 
     Args:
-        outputs ([`DyVMImageClassifierOutput`]): Of the student.
-        teacher_logits (`Tensor` of shape `(batch, num_labels)`): Of the teacher.
+        outputs ([`DyVMImageClassifierOutput`]):
+            Of the student.
+        teacher_logits (`Tensor` of shape `(batch, num_labels)`):
+            Of the teacher.
         teacher_features (`Tensor` of shape `(batch, patches, hidden_size)`):
             Its normalised patch tokens at the end, see [`dyvm_patch_features`].
-        config ([`DyVMConfig`]): The weight.
+        config ([`DyVMConfig`]):
+            The weight.
 
     Returns:
         `dict[str, Tensor]`: `distill_logits` and `distill_tokens`.

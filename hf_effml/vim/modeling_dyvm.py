@@ -31,32 +31,36 @@ logger = logging.get_logger(__name__)
 
 @dataclass
 class DyVMModelOutput(VimModelOutput):
-    """
-    Output of [`DyVMModel`]. What a mechanism that is switched off would report is `None`, and so is `merge_info`.
+    """Output of [`DyVMModel`]. What a mechanism that is switched off would report is `None`, and so is `merge_info`.
 
     Args:
         last_hidden_state (`Tensor` of shape `(batch, tokens, hidden_size)`):
             Normalised tokens that are left, class token(s) in their place. In training all are there, the dropped ones
             after the kept ones.
-        pooler_output (`Tensor` of shape `(batch, hidden_size)`): The feature that a head reads.
+        pooler_output (`Tensor` of shape `(batch, hidden_size)`):
+            The feature that a head reads.
         hidden_states (`tuple[Tensor, ...]`, *optional*):
             `num_hidden_layers + 1` tensors `(batch, tokens, hidden_size)`: the embeddings, then the residual stream
             after every block; fewer and fewer tokens in evaluation.
-        cls_token_index (`Tensor` of shape `(batch, class tokens)`): Where the class token(s) stand.
+        cls_token_index (`Tensor` of shape `(batch, class tokens)`):
+            Where the class token(s) stand.
         kept_indices (`tuple[Tensor, ...]`, *optional*):
             In evaluation, per stage the original patches `(batch, kept)` that stay, ascending.
         token_decisions (`tuple[Tensor, ...]`, *optional*):
             In training, per stage `(batch, patches)` 1 for tokens that stay, in the order before the stage, with
             gradient.
-        token_policy (`Tensor` of shape `(batch, patches)`, *optional*): The last of them, in the order at the end.
+        token_policy (`Tensor` of shape `(batch, patches)`, *optional*):
+            The last of them, in the order at the end.
         token_positions (`Tensor` of shape `(batch, patches)`):
             Original patch of every patch token of `last_hidden_state`, in its order.
         block_gates (`Tensor` of shape `(batch, blocks, 2)`, *optional*):
             1 where the forward and the backward scan ran; with gradient in training.
         block_gate_logits (`Tensor` of shape `(batch, blocks, 2)`, *optional*):
             What they were decided from, the offset of the configuration added, without noise.
-        token_keep_ratio (`Tensor` of shape `(batch, stages)`, *optional*): Share of the patches left after each stage.
-        block_keep_ratio (`Tensor` of shape `(batch,)`, *optional*): Share of the scans that ran.
+        token_keep_ratio (`Tensor` of shape `(batch, stages)`, *optional*):
+            Share of the patches left after each stage.
+        block_keep_ratio (`Tensor` of shape `(batch,)`, *optional*):
+            Share of the scans that ran.
     """
 
     kept_indices: tuple[Tensor, ...] | None = None
@@ -71,13 +75,13 @@ class DyVMModelOutput(VimModelOutput):
 
 @dataclass
 class DyVMImageClassifierOutput(VimImageClassifierOutput):
-    """
-    Output of [`DyVMForImageClassification`].
+    """Output of [`DyVMForImageClassification`].
 
     Args:
         loss (`Tensor` of shape `()`, *optional*):
             When `labels` are given: the mean cross-entropy, and in training the weighted ratio losses with it.
-        logits (`Tensor` of shape `(batch, num_labels)`): Scores before the softmax.
+        logits (`Tensor` of shape `(batch, num_labels)`):
+            Scores before the softmax.
         hidden_states, cls_token_index, last_hidden_state, kept_indices, token_decisions, token_policy,
         token_positions, block_gates, block_gate_logits, token_keep_ratio, block_keep_ratio:
             As in [`DyVMModelOutput`].
@@ -113,13 +117,14 @@ class DyVMPreTrainedModel(VimPreTrainedModel):
 
     @classmethod
     def from_vim(cls, model: VimPreTrainedModel | str | PathLike, **dyvm_fields: Any) -> Self:
-        """
-        Make a DyVM from a trained Vim of the same kind; the weights are copied, the rest is fresh and needs training.
+        """Make a DyVM from a trained Vim of the same kind; the weights are copied, the rest is fresh and needs
+        training.
 
         Args:
             model ([`VimModel`], [`VimForImageClassification`], `str` or `PathLike`):
                 The plain model, or its folder or name on the Hub. Of an R-MeeTo model the merging is left out.
-            dyvm_fields: Fields of [`DyVMConfig`], `token_keep_ratio=0.7` for example.
+            dyvm_fields:
+                Fields of [`DyVMConfig`], `token_keep_ratio=0.7` for example.
 
         Returns:
             The DyVM, on the same device, with the same types and in the same mode.
@@ -146,23 +151,23 @@ class DyVMPreTrainedModel(VimPreTrainedModel):
         return dynamic.train(model.training)
 
     def set_pruning(self, enabled: bool) -> None:
-        """
-        Switch both mechanisms off, which gives exactly the plain Vim, or on again.
+        """Switch both mechanisms off, which gives exactly the plain Vim, or on again.
 
         Args:
-            enabled (`bool`): Whether tokens are dropped and scans skipped. It is not saved with the model.
+            enabled (`bool`):
+                Whether tokens are dropped and scans skipped. It is not saved with the model.
         """
         for encoder in _encoders(self):
             encoder.pruning = enabled
 
     def set_token_keep_ratio(self, ratio: float | list[float]) -> None:
-        """
-        Change how many tokens are kept from the next forward pass on; the predictors rank tokens for any number.
+        """Change how many tokens are kept from the next forward pass on; the predictors rank tokens for any number.
 
         The configuration changes with it, so a saved model keeps it.
 
         Args:
-            ratio (`float` or `list[float]`): See `token_keep_ratio` in [`DyVMConfig`].
+            ratio (`float` or `list[float]`):
+                See `token_keep_ratio` in [`DyVMConfig`].
 
         Raises:
             ValueError: If it has an impossible value; nothing is changed then.
@@ -184,8 +189,7 @@ class DyVMPreTrainedModel(VimPreTrainedModel):
         per: str = "global",
         max_batches: int | None = None,
     ) -> list[dict[str, Any]]:
-        """
-        Shift the gates so that the wanted share of scans runs in evaluation.
+        """Shift the gates so that the wanted share of scans runs in evaluation.
 
         Training sets the share of gates that are *drawn*; decided without noise, more are open. The
         offsets are stored in the configuration and travel with the model. With a class token the gates of block 0 see
@@ -194,11 +198,13 @@ class DyVMPreTrainedModel(VimPreTrainedModel):
         Args:
             dataloader (`Iterable`):
                 Batches of training images, gone through several times: dictionaries with `pixel_values`, or tensors.
-            target (`float`, *optional*): Share of scans to run; `config.block_keep_ratio` by default.
+            target (`float`, *optional*):
+                Share of scans to run; `config.block_keep_ratio` by default.
             per (`str`, *optional*, defaults to `"global"`):
                 One offset for all gates, or one per `"block"` or `"direction"` (of every block), which makes each of
                 them run the same share.
-            max_batches (`int`, *optional*): Use only so many batches.
+            max_batches (`int`, *optional*):
+                Use only so many batches.
 
         Returns:
             `list[dict[str, Any]]`: Rows with `block`, `direction`, the shares `before` and `after`, and `offset`; the
@@ -234,8 +240,7 @@ class DyVMEncoder(DyVMPreTrainedModel):
         generator: torch.Generator | None = None,
         **decisions: Any,
     ) -> DyVMRun:
-        """
-        Start a forward pass that drops tokens and skips scans.
+        """Start a forward pass that drops tokens and skips scans.
 
         Args:
             stream, class_positions, decisions:
@@ -275,8 +280,7 @@ class DyVMEncoder(DyVMPreTrainedModel):
 
 
 class DyVMModel(DyVMEncoder, VimModel):
-    r"""
-    Dynamic Vision Mamba without a head (https://huggingface.co/papers/2504.04787).
+    r"""Dynamic Vision Mamba without a head (https://huggingface.co/papers/2504.04787).
 
     In evaluation the tokens that a stage drops are gone and a scan runs for the images that want it. In training
     decisions are drawn, and dropped tokens stay, masked behind the others, which gives the same values. [`DyVMRun`]
@@ -308,8 +312,7 @@ class DyVMModel(DyVMEncoder, VimModel):
 
 
 class DyVMForImageClassification(DyVMPreTrainedModel, VimForImageClassification):
-    r"""
-    Dynamic Vision Mamba with a linear classifier on the class token (https://huggingface.co/papers/2504.04787).
+    r"""Dynamic Vision Mamba with a linear classifier on the class token (https://huggingface.co/papers/2504.04787).
 
     Its `forward` takes the keywords of [`DyVMModel`] too and returns a [`DyVMImageClassifierOutput`].
 
@@ -338,11 +341,11 @@ class DyVMForImageClassification(DyVMPreTrainedModel, VimForImageClassification)
         return DyVMImageClassifierOutput(loss=loss, logits=logits, **shared)
 
     def patch_features(self, outputs: DyVMImageClassifierOutput) -> Tensor:
-        """
-        The patch tokens among the normalised tokens at the end, for distillation.
+        """The patch tokens among the normalised tokens at the end, for distillation.
 
         Args:
-            outputs ([`DyVMImageClassifierOutput`]): From this model.
+            outputs ([`DyVMImageClassifierOutput`]):
+                From this model.
 
         Returns:
             `Tensor` of shape `(batch, patches, hidden_size)`: In the order of `outputs.token_positions`.

@@ -22,13 +22,13 @@ logger = logging.get_logger(__name__)
 
 
 class TokenMerger:
-    """
-    Merges tokens before the blocks that a configuration names: the [`TokenReducer`] of a [`VimModel`].
+    """Merges tokens before the blocks that a configuration names: the [`TokenReducer`] of a [`VimModel`].
 
     It holds no parameters and no tensors; what belongs to one forward pass lives in the [`MergeRun`] it starts.
 
     Args:
-        config ([`RMeeToVimConfig`]): When and how to merge.
+        config ([`RMeeToVimConfig`]):
+            When and how to merge.
 
     Raises:
         ValueError: If a field has an impossible value, also one that was assigned after construction.
@@ -41,11 +41,11 @@ class TokenMerger:
         self.removals(config.num_patches + config.num_class_tokens)
 
     def removals(self, num_tokens: int) -> list[int]:
-        """
-        How many tokens are removed before every block.
+        """How many tokens are removed before every block.
 
         Args:
-            num_tokens (`int`): Tokens before block 0, class tokens included.
+            num_tokens (`int`):
+                Tokens before block 0, class tokens included.
 
         Returns:
             `list[int]`: One number per block.
@@ -57,8 +57,7 @@ class TokenMerger:
         return self._removals[num_tokens]
 
     def begin(self, stream: Tensor, class_positions: tuple[int, ...]) -> "MergeRun":
-        """
-        Start one forward pass.
+        """Start one forward pass.
 
         Args:
             stream (`Tensor` of shape `(batch, tokens, hidden_size)`):
@@ -73,8 +72,7 @@ class TokenMerger:
 
 
 class MergeRun(VimRun):
-    """
-    One forward pass of R-MeeTo; `class_positions` and `sizes` describe the tokens at the moment.
+    """One forward pass of R-MeeTo; `class_positions` and `sizes` describe the tokens at the moment.
 
     Args:
         config ([`RMeeToVimConfig`]):
@@ -114,11 +112,11 @@ class MergeRun(VimRun):
         return {"merge_info": self.info()} if detailed else {}
 
     def feature_for(self, block: int) -> str | None:
-        """
-        What the block before `block` must return.
+        """What the block before `block` must return.
 
         Args:
-            block (`int`): Index of a block; may be one past the last.
+            block (`int`):
+                Index of a block; may be one past the last.
 
         Returns:
             `str` or `None`: `config.merge_metric`, or `None` if `block` does not merge.
@@ -127,16 +125,18 @@ class MergeRun(VimRun):
         return self.config.merge_metric if merges else None
 
     def reduce(self, block: int, hidden_states: Tensor, feature: Tensor | None) -> Tensor:
-        """
-        Merge the input of a block; the very same tensor if the block does not merge.
+        """Merge the input of a block; the very same tensor if the block does not merge.
 
         Merging is linear, so the stream is merged once, after the addition, where the official code merges the mixer's
         output and the residual stream one after the other.
 
         Args:
-            block (`int`): Index of the block.
-            hidden_states (`Tensor` of shape `(batch, tokens, hidden_size)`): Its input.
-            feature (`Tensor` of shape `(batch, tokens, features)`, *optional*): What the block before returned.
+            block (`int`):
+                Index of the block.
+            hidden_states (`Tensor` of shape `(batch, tokens, hidden_size)`):
+                Its input.
+            feature (`Tensor` of shape `(batch, tokens, features)`, *optional*):
+                What the block before returned.
 
         Returns:
             `Tensor` of shape `(batch, tokens - removed, hidden_size)`: Its new input.
@@ -169,8 +169,7 @@ class MergeRun(VimRun):
         return make(feature, r, self.class_positions, distance=config.merge_distance, **options)
 
     def info(self) -> MergeInfo:
-        """
-        Everything that happened so far.
+        """Everything that happened so far.
 
         Returns:
             [`MergeInfo`]
@@ -192,12 +191,13 @@ class _MergingVim(VimPreTrainedModel):
 
     @classmethod
     def from_vim(cls, model: VimPreTrainedModel, **merge_fields: Any) -> Self:
-        """
-        Make a merging model from a loaded Vim of the same kind; the weights are copied.
+        """Make a merging model from a loaded Vim of the same kind; the weights are copied.
 
         Args:
-            model ([`VimModel`] or [`VimForImageClassification`]): The plain model.
-            merge_fields: Fields of [`RMeeToVimConfig`], `merge_r=11` for example.
+            model ([`VimModel`] or [`VimForImageClassification`]):
+                The plain model.
+            merge_fields:
+                Fields of [`RMeeToVimConfig`], `merge_r=11` for example.
 
         Returns:
             The merging model, on the same device, with the same types and in the same mode.
@@ -217,13 +217,13 @@ class _MergingVim(VimPreTrainedModel):
         return merging.train(model.training)
 
     def set_merge_r(self, r: int | float | list[int]) -> None:
-        """
-        Change how much is merged from the next forward pass on; 0 gives exactly the plain Vim.
+        """Change how much is merged from the next forward pass on; 0 gives exactly the plain Vim.
 
         The configuration changes with it, so a saved model keeps it.
 
         Args:
-            r (`int`, `float` or `list[int]`): See `merge_r` in [`RMeeToVimConfig`].
+            r (`int`, `float` or `list[int]`):
+                See `merge_r` in [`RMeeToVimConfig`].
 
         Raises:
             ValueError: If it has an impossible value; nothing is changed then.
@@ -241,8 +241,7 @@ class _MergingVim(VimPreTrainedModel):
 
 
 class RMeeToVimModel(_MergingVim, VimModel):
-    r"""
-    Vision Mamba that merges tokens between its blocks, without a head (https://huggingface.co/papers/2412.12496).
+    r"""Vision Mamba that merges tokens between its blocks, without a head (https://huggingface.co/papers/2412.12496).
 
     Its weights are those of a plain [`VimModel`].
 
@@ -266,8 +265,8 @@ class RMeeToVimModel(_MergingVim, VimModel):
 
 
 class RMeeToVimForImageClassification(_MergingVim, VimForImageClassification):
-    r"""
-    Vision Mamba that merges tokens between its blocks, with a classifier (https://huggingface.co/papers/2412.12496).
+    r"""Vision Mamba that merges tokens between its blocks, with a classifier
+    (https://huggingface.co/papers/2412.12496).
 
     Its weights are those of a plain [`VimForImageClassification`], whose folder it loads.
 
@@ -297,15 +296,15 @@ def apply_token_merging(
     target_ratio: float | None = None,
     **options: Any,
 ) -> None:
-    """
-    Switch token merging on in a loaded model, in place; its weights and its configuration stay as they are.
+    """Switch token merging on in a loaded model, in place; its weights and its configuration stay as they are.
 
     Args:
         model (`nn.Module`):
             A Vim or anything that contains one, wrapped by PEFT for example; or a ViT or DeiT of transformers or timm.
         r (`int`, `float` or `list[int]`, *optional*):
             Tokens to remove per merging block, see `merge_r` in [`RMeeToVimConfig`].
-        target_ratio (`float`, *optional*): Share of the tokens to save on average, instead of `r`.
+        target_ratio (`float`, *optional*):
+            Share of the tokens to save on average, instead of `r`.
         options:
             The other merging fields of [`RMeeToVimConfig`] without their prefix: `class_position="exact"`,
             `interval=3`, and so on. For a ViT, see [`apply_vit_merging`].
@@ -328,11 +327,11 @@ def apply_token_merging(
 
 
 def remove_token_merging(model: nn.Module) -> None:
-    """
-    Switch token merging off; the model then computes exactly what it does without.
+    """Switch token merging off; the model then computes exactly what it does without.
 
     Args:
-        model (`nn.Module`): As for [`apply_token_merging`].
+        model (`nn.Module`):
+            As for [`apply_token_merging`].
 
     Raises:
         TypeError: If the model is of another kind.
@@ -351,11 +350,11 @@ def token_merging(
     target_ratio: float | None = None,
     **options: Any,
 ) -> Iterator[nn.Module]:
-    """
-    Merge tokens inside a `with` block, and go back to the earlier setting after it, also after an exception.
+    """Merge tokens inside a `with` block, and go back to the earlier setting after it, also after an exception.
 
     Args:
-        model, r, target_ratio, options: See [`apply_token_merging`].
+        model, r, target_ratio, options:
+            See [`apply_token_merging`].
 
     Yields:
         `nn.Module`: The model.

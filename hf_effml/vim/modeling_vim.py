@@ -26,19 +26,20 @@ from .vim_run import TokenReducer, VimRun
 
 @dataclass
 class VimModelOutput(ModelOutput):
-    """
-    Output of [`VimModel`].
+    """Output of [`VimModel`].
 
     Args:
         last_hidden_state (`Tensor` of shape `(batch, tokens, hidden_size)`):
             Normalised tokens, class token(s) in their place.
-        pooler_output (`Tensor` of shape `(batch, hidden_size)`): The feature that a head reads.
+        pooler_output (`Tensor` of shape `(batch, hidden_size)`):
+            The feature that a head reads.
         hidden_states (`tuple[Tensor, ...]`, *optional*):
             `num_hidden_layers + 1` tensors `(batch, tokens, hidden_size)`: the embeddings, then the residual stream
             after every block. When tokens are merged their number differs from block to block.
         cls_token_index (`Tensor` of shape `(batch, class tokens)`):
             Where the class token(s) stand in `last_hidden_state`; the other rows are the patches.
-        merge_info (`MergeInfo`, *optional*): What token merging did, with `output_merge_info=True` on a merged model.
+        merge_info (`MergeInfo`, *optional*):
+            What token merging did, with `output_merge_info=True` on a merged model.
     """
 
     last_hidden_state: Tensor | None = None
@@ -50,14 +51,17 @@ class VimModelOutput(ModelOutput):
 
 @dataclass
 class VimImageClassifierOutput(ModelOutput):
-    """
-    Output of [`VimForImageClassification`].
+    """Output of [`VimForImageClassification`].
 
     Args:
-        loss (`Tensor` of shape `()`, *optional*): Mean cross-entropy, when `labels` are given.
-        logits (`Tensor` of shape `(batch, num_labels)`): Scores before the softmax.
-        hidden_states (`tuple[Tensor, ...]`, *optional*): As in [`VimModelOutput`].
-        merge_info (`MergeInfo`, *optional*): As in [`VimModelOutput`].
+        loss (`Tensor` of shape `()`, *optional*):
+            Mean cross-entropy, when `labels` are given.
+        logits (`Tensor` of shape `(batch, num_labels)`):
+            Scores before the softmax.
+        hidden_states (`tuple[Tensor, ...]`, *optional*):
+            As in [`VimModelOutput`].
+        merge_info (`MergeInfo`, *optional*):
+            As in [`VimModelOutput`].
     """
 
     loss: Tensor | None = None
@@ -67,17 +71,20 @@ class VimImageClassifierOutput(ModelOutput):
 
 
 def interpolate_positions(positions: Tensor, cls_indices: list[int], old_grid: tuple, new_grid: tuple) -> Tensor:
-    """
-    Resize a position table to another patch grid, bicubic, in float32 (vim.md 4.4).
+    """Resize a position table to another patch grid, bicubic, in float32.
 
     The rows of the class token(s) are taken out where they really stand, kept as they are, and put back at their place
     in the new sequence; a row in the middle goes to the new middle.
 
     Args:
-        positions (`Tensor` of shape `(1, patches + class tokens, hidden_size)`): The table.
-        cls_indices (`list[int]`): Rows of the class token(s): `[]`, `[0]`, `[patches // 2]` or `[0, patches + 1]`.
-        old_grid (`tuple[int, int]`): Rows and columns of patches of the table.
-        new_grid (`tuple[int, int]`): Rows and columns wanted.
+        positions (`Tensor` of shape `(1, patches + class tokens, hidden_size)`):
+            The table.
+        cls_indices (`list[int]`):
+            Rows of the class token(s): `[]`, `[0]`, `[patches // 2]` or `[0, patches + 1]`.
+        old_grid (`tuple[int, int]`):
+            Rows and columns of patches of the table.
+        new_grid (`tuple[int, int]`):
+            Rows and columns wanted.
 
     Returns:
         `Tensor` of shape `(1, new patches + class tokens, hidden_size)`: The resized table; the same object if the
@@ -112,9 +119,8 @@ class VimPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """
-        vim.md 3.4. Every module fills only its own parameters: transformers skips one that has none, or whose own were
-        all loaded, even where its children miss theirs.
+        """As the official constructors do. Every module fills only its own parameters: transformers skips one that has
+        none, or whose own were all loaded, even where its children miss theirs.
         """
         super()._init_weights(module)
         config = self.config
@@ -159,10 +165,9 @@ class VimPreTrainedModel(PreTrainedModel):
         init.copy_(projection.bias, step + torch.log(-torch.expm1(-step)))
 
     def no_weight_decay(self) -> set[str]:
-        """
-        Names of the parameters that are trained without weight decay: class token(s), positions, and all vectors.
+        """Names of the parameters that are trained without weight decay: class token(s), positions, and all vectors.
 
-        The matrices `A_log` and `A_b_log` are decayed, as in the official runs (vim.md 3.5): their authors mark them
+        The matrices `A_log` and `A_b_log` are decayed, as in the official runs: their authors mark them
         otherwise, but their optimiser never reads the mark.
         """
         tables = ("cls_token", "cls_token_head", "cls_token_tail", "pos_embed")
@@ -195,8 +200,7 @@ class VimEncoder(VimPreTrainedModel):
         return self.patch_embed
 
     def begin_run(self, stream: Tensor, class_positions: tuple[int, ...], **decisions: Any) -> VimRun:
-        """
-        Start a forward pass through the blocks; a model of a method that changes it says how here.
+        """Start a forward pass through the blocks; a model of a method that changes it says how here.
 
         Args:
             stream (`Tensor` of shape `(batch, tokens, hidden_size)`):
@@ -264,8 +268,7 @@ class VimEncoder(VimPreTrainedModel):
 
 
 class VimModel(VimEncoder):
-    r"""
-    Vision Mamba without a head (https://huggingface.co/papers/2401.09417).
+    r"""Vision Mamba without a head (https://huggingface.co/papers/2401.09417).
 
     Example:
 
@@ -303,8 +306,7 @@ class VimModel(VimEncoder):
         return_dict: bool | None = None,
         **decisions: Any,
     ) -> VimModelOutput | tuple:
-        """
-        Encode images.
+        """Encode images.
 
         Args:
             pixel_values (`Tensor` of shape `(batch, channels, height, width)`):
@@ -347,8 +349,7 @@ class VimModel(VimEncoder):
 
 
 class VimForImageClassification(VimPreTrainedModel):
-    r"""
-    Vision Mamba with a linear classifier on the class token (https://huggingface.co/papers/2401.09417).
+    r"""Vision Mamba with a linear classifier on the class token (https://huggingface.co/papers/2401.09417).
 
     Example:
 
@@ -381,8 +382,7 @@ class VimForImageClassification(VimPreTrainedModel):
         return_dict: bool | None = None,
         **decisions: Any,
     ) -> VimImageClassifierOutput | tuple:
-        """
-        Classify images.
+        """Classify images.
 
         Args:
             pixel_values (`Tensor` of shape `(batch, channels, height, width)`):

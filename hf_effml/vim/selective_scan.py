@@ -32,18 +32,25 @@ _ATANH = (0.28174657, 0.27961419, 0.40024854, 0.66666316, 2.0)
 
 
 class ScanStream(NamedTuple):
-    """
-    The tensors of one scan: a batch of sequences that share one set of parameters and one direction.
+    """The tensors of one scan: a batch of sequences that share one set of parameters and one direction.
 
     Args:
-        x (`Tensor` of shape `(rows, length, channels)`): Input of the recurrence.
-        dt (`Tensor` of shape `(rows, length, channels)`): Step sizes before bias and softplus.
-        A (`Tensor` of shape `(channels, states)`): Decay rates, negative.
-        B (`Tensor` of shape `(rows, length, states)`): Input projection.
-        C (`Tensor` of shape `(rows, length, states)`): Output projection.
-        D (`Tensor` of shape `(channels,)`): Skip weights.
-        dt_bias (`Tensor` of shape `(channels,)`): Added to `dt` before the softplus.
-        reverse (`bool`, *optional*, defaults to `False`): Scan from the last token to the first.
+        x (`Tensor` of shape `(rows, length, channels)`):
+            Input of the recurrence.
+        dt (`Tensor` of shape `(rows, length, channels)`):
+            Step sizes before bias and softplus.
+        A (`Tensor` of shape `(channels, states)`):
+            Decay rates, negative.
+        B (`Tensor` of shape `(rows, length, states)`):
+            Input projection.
+        C (`Tensor` of shape `(rows, length, states)`):
+            Output projection.
+        D (`Tensor` of shape `(channels,)`):
+            Skip weights.
+        dt_bias (`Tensor` of shape `(channels,)`):
+            Added to `dt` before the softplus.
+        reverse (`bool`, *optional*, defaults to `False`):
+            Scan from the last token to the first.
     """
 
     x: Tensor
@@ -62,11 +69,10 @@ class ScanStream(NamedTuple):
 
 
 def selective_scan(*streams: ScanStream) -> tuple[Tensor, ...]:
-    r"""
-    Run the selective scan over one or more streams of equal length at once.
+    r"""Run the selective scan over one or more streams of equal length at once.
 
     With `dt = softplus(dt + dt_bias)` every channel and state follows `h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t`, and
-    the output is `y_t = sum_n h_t[n] C_t[n] + D x_t` (vim.md 2.3; Mamba, https://huggingface.co/papers/2312.00752).
+    the output is `y_t = sum_n h_t[n] C_t[n] + D x_t` (Mamba, https://huggingface.co/papers/2312.00752).
     All arithmetic is in float32 (float64 if `x` is float64), whatever the inputs' types and autocast.
 
     The backend is chosen per call: `mamba_ssm` for CUDA tensors where it is installed and works, an unrolled loop
@@ -104,12 +110,12 @@ def selective_scan(*streams: ScanStream) -> tuple[Tensor, ...]:
 
 
 def selective_scan_reference(stream: ScanStream) -> Tensor:
-    """
-    The same scan as one step after the other, in differentiable torch calls: the twin the fast paths are tested
+    """The same scan as one step after the other, in differentiable torch calls: the twin the fast paths are tested
     against.
 
     Args:
-        stream (`ScanStream`): What to scan.
+        stream (`ScanStream`):
+            What to scan.
 
     Returns:
         `Tensor`: The `(rows, length, channels)` output in the type of `x`.
@@ -174,8 +180,7 @@ def _chunk_length(rows: int, channels: int, states: int) -> int:
 
 
 class _Chunks:
-    """
-    A stream cut into chunks of steps; `fill` computes the decays exp(dt A) and the hidden states of one of them.
+    """A stream cut into chunks of steps; `fill` computes the decays exp(dt A) and the hidden states of one of them.
 
     Tensors have their steps first, in sequence order; a reversed stream walks chunks and steps from the end.
     """
@@ -256,7 +261,7 @@ def _scan_forward(stream: ScanStream, keep_states: bool) -> tuple[Tensor, Tensor
 
 
 def _scan_backward(stream: ScanStream, kept: Tensor, grad_output: Tensor) -> list[Tensor]:
-    """Gradients for the tensors of a stream (vim.md 2.5); decays and states are recomputed chunk by chunk."""
+    """Gradients for the tensors of a stream; decays and states are recomputed chunk by chunk."""
     with _without_autocast(stream):
         chunks = _Chunks(stream)
         grad_y = grad_output.to(chunks.x.dtype).transpose(0, 1)

@@ -24,15 +24,20 @@ _TIE_GRID = 8.0
 
 @dataclass(frozen=True, eq=False)
 class TokenPlan:
-    """
-    Which tokens stay, which leave and where those go. Made by [`bipartite_plan`], [`local_plan`] or [`random_plan`].
+    """Which tokens stay, which leave and where those go. Made by [`bipartite_plan`], [`local_plan`] or
+    [`random_plan`].
 
     Args:
-        keep (`Tensor` of shape `(batch, tokens - r)`): Input position of every output token.
-        removed (`Tensor` of shape `(batch, r)`): Input positions of the tokens that leave.
-        target (`Tensor` of shape `(batch, r)`): Output position each of them is merged into; -1 if it is dropped.
-        protected (`tuple[int, ...]` or `Tensor` of shape `(batch, k)`): Output positions of the protected tokens.
-        pruned (`bool`, *optional*, defaults to `False`): Whether the leaving tokens are dropped.
+        keep (`Tensor` of shape `(batch, tokens - r)`):
+            Input position of every output token.
+        removed (`Tensor` of shape `(batch, r)`):
+            Input positions of the tokens that leave.
+        target (`Tensor` of shape `(batch, r)`):
+            Output position each of them is merged into; -1 if it is dropped.
+        protected (`tuple[int, ...]` or `Tensor` of shape `(batch, k)`):
+            Output positions of the protected tokens.
+        pruned (`bool`, *optional*, defaults to `False`):
+            Whether the leaving tokens are dropped.
     """
 
     keep: Tensor
@@ -56,11 +61,11 @@ class TokenPlan:
         return index.squeeze(1) if index.shape[1] else None
 
     def merge(self, x: Tensor, size: Tensor | None = None, reduce: Reduce = "mean") -> tuple[Tensor, Tensor]:
-        """
-        Apply the plan; differentiable in `x`.
+        """Apply the plan; differentiable in `x`.
 
         Args:
-            x (`Tensor` of shape `(batch, tokens, channels)`): What to reduce; computed in float32 at least.
+            x (`Tensor` of shape `(batch, tokens, channels)`):
+                What to reduce; computed in float32 at least.
             size (`Tensor` of shape `(batch, tokens, 1)`, *optional*):
                 How many original tokens each token stands for, which is its weight; one each if unset.
             reduce (`str`, *optional*, defaults to `"mean"`):
@@ -108,11 +113,11 @@ class TokenPlan:
         return out / total.unsqueeze(2).to(x.dtype), total
 
     def unmerge(self, y: Tensor) -> Tensor:
-        """
-        Give every input token the value of its output token; dropped tokens get zeros.
+        """Give every input token the value of its output token; dropped tokens get zeros.
 
         Args:
-            y (`Tensor` of shape `(batch, tokens - r, channels)`): One row per output token.
+            y (`Tensor` of shape `(batch, tokens - r, channels)`):
+                One row per output token.
 
         Returns:
             `Tensor` of shape `(batch, tokens, channels)`: One row per input token.
@@ -125,15 +130,17 @@ class TokenPlan:
 
 @dataclass
 class MergeInfo:
-    """
-    What token merging did to a batch, with `output_merge_info=True`.
+    """What token merging did to a batch, with `output_merge_info=True`.
 
     Args:
-        sizes (`Tensor` of shape `(batch, tokens, 1)`): How many input tokens each remaining token stands for.
+        sizes (`Tensor` of shape `(batch, tokens, 1)`):
+            How many input tokens each remaining token stands for.
         slot (`Tensor` of shape `(batch, input tokens)`):
             Where every input token, class tokens included, ended up among the remaining ones; -1 if it was pruned.
-        class_index (`Tensor` of shape `(batch, class tokens)`): Where the class token(s) ended up.
-        tokens_per_layer (`list[int]`): Number of tokens inside every block.
+        class_index (`Tensor` of shape `(batch, class tokens)`):
+            Where the class token(s) ended up.
+        tokens_per_layer (`list[int]`):
+            Number of tokens inside every block.
     """
 
     sizes: Tensor
@@ -154,28 +161,31 @@ def bipartite_plan(
     prune: bool = False,
     first_source: int = 0,
 ) -> TokenPlan:
-    """
-    Match tokens in two alternating halves and let the `r` most similar pairs merge (ToMe's matching,
+    """Match tokens in two alternating halves and let the `r` most similar pairs merge (ToMe's matching,
     https://huggingface.co/papers/2210.09461, as R-MeeTo uses it, https://huggingface.co/papers/2412.12496).
 
     The unprotected tokens, in sequence order, are sources and destinations in turn. Every source picks its most
     similar destination; the `r` sources with the best match leave. Ties go to the lower position. No gradient flows.
 
     Args:
-        metric (`Tensor` of shape `(batch, tokens, features)`): What similarity is measured on.
-        r (`int`): Tokens to remove; at most half of the unprotected ones are.
+        metric (`Tensor` of shape `(batch, tokens, features)`):
+            What similarity is measured on.
+        r (`int`):
+            Tokens to remove; at most half of the unprotected ones are.
         protected (`int`, `Sequence[int]` or `Tensor` of shape `(batch,)` or `(batch, k)`, *optional*):
             Positions, class tokens mostly, that take no part. A tensor gives every sample its own.
         distance (`str`, *optional*, defaults to `"cosine"`):
             On unit vectors: `"cosine"`, `"l1"`, or `"l2"`, which ranks like cosine.
-        choose (`int`, *optional*, defaults to 1): 1 picks the best destination, 3 the third best (an ablation).
+        choose (`int`, *optional*, defaults to 1):
+            1 picks the best destination, 3 the third best (an ablation).
         keep_order (`bool`, *optional*, defaults to `True`):
             Keep survivors in sequence order, which a scan needs. Otherwise the remaining sources come first, by
             falling similarity, then the destinations.
         class_position (`str`, *optional*, defaults to `"proportional"`):
             `"proportional"` puts a protected token from position p of T to `floor(p * (T - r) / T)`, the same in the
             whole batch, as the official code does; `"exact"` keeps it between its true neighbours, per sample.
-        prune (`bool`, *optional*, defaults to `False`): Drop the sources instead of merging them.
+        prune (`bool`, *optional*, defaults to `False`):
+            Drop the sources instead of merging them.
         first_source (`int`, *optional*, defaults to 0):
             0 if the first unprotected token is a source; 1 if it is a destination, as in ToMe with a class token in
             front.
@@ -230,13 +240,14 @@ def local_plan(
     class_position: ClassPosition = "proportional",
     prune: bool = False,
 ) -> TokenPlan:
-    """
-    As [`bipartite_plan`], but a source may only join one of its two neighbours in the sequence: cost grows with the
+    """As [`bipartite_plan`], but a source may only join one of its two neighbours in the sequence: cost grows with the
     number of tokens instead of its square.
 
     Args:
-        metric (`Tensor` of shape `(batch, tokens, features)`): What similarity is measured on.
-        r, protected, distance, keep_order, class_position, prune: See [`bipartite_plan`].
+        metric (`Tensor` of shape `(batch, tokens, features)`):
+            What similarity is measured on.
+        r, protected, distance, keep_order, class_position, prune:
+            See [`bipartite_plan`].
 
     Returns:
         [`TokenPlan`]
@@ -271,15 +282,17 @@ def random_plan(
     class_position: ClassPosition = "proportional",
     prune: bool = False,
 ) -> TokenPlan:
-    """
-    Random sources leave for random destinations: the baseline that a matching must beat.
+    """Random sources leave for random destinations: the baseline that a matching must beat.
 
     The same pairs are drawn for the whole batch, so that a sample's result does not depend on the others.
 
     Args:
-        metric (`Tensor` of shape `(batch, tokens, features)`): Only its shape and device count.
-        generator (`torch.Generator`, *optional*): A CPU generator, for a repeatable draw.
-        r, protected, keep_order, class_position, prune: See [`bipartite_plan`].
+        metric (`Tensor` of shape `(batch, tokens, features)`):
+            Only its shape and device count.
+        generator (`torch.Generator`, *optional*):
+            A CPU generator, for a repeatable draw.
+        r, protected, keep_order, class_position, prune:
+            See [`bipartite_plan`].
 
     Returns:
         [`TokenPlan`]
@@ -295,12 +308,13 @@ def random_plan(
 
 
 def compose(first: TokenPlan, second: TokenPlan) -> TokenPlan:
-    """
-    One plan that does what `first` and then `second` do.
+    """One plan that does what `first` and then `second` do.
 
     Args:
-        first ([`TokenPlan`]): Applied first.
-        second ([`TokenPlan`]): Made for the output of `first`.
+        first ([`TokenPlan`]):
+            Applied first.
+        second ([`TokenPlan`]):
+            Made for the output of `first`.
 
     Returns:
         [`TokenPlan`]
@@ -482,18 +496,22 @@ def _without_autocast(x: Tensor) -> AbstractContextManager:
 def ordered_merge_reference(
     metric: Tensor, hidden: Tensor, residual: Tensor, size: Tensor, position: int, r: int
 ) -> tuple[Tensor, Tensor, Tensor, int]:
-    """
-    One merging step as the official code does it: the baseline of the benchmarks.
+    """One merging step as the official code does it: the baseline of the benchmarks.
 
     The two halves of the stream and their sizes are merged separately, and each time the class token is taken out, the
     sources are gathered, reduced with `scatter_reduce`, sorted back into order, and the class token is put back.
 
     Args:
-        metric (`Tensor` of shape `(batch, tokens, features)`): What similarity is measured on.
-        hidden, residual (`Tensor` of shape `(batch, tokens, channels)`): The mixer's output and the residual stream.
-        size (`Tensor` of shape `(batch, tokens, 1)`): Token sizes.
-        position (`int`): Where the class token is.
-        r (`int`): Tokens to remove.
+        metric (`Tensor` of shape `(batch, tokens, features)`):
+            What similarity is measured on.
+        hidden, residual (`Tensor` of shape `(batch, tokens, channels)`):
+            The mixer's output and the residual stream.
+        size (`Tensor` of shape `(batch, tokens, 1)`):
+            Token sizes.
+        position (`int`):
+            Where the class token is.
+        r (`int`):
+            Tokens to remove.
 
     Returns:
         `tuple[Tensor, Tensor, Tensor, int]`: `hidden`, `residual`, `size` and `position` afterwards.

@@ -11,11 +11,11 @@ from .token_reduction import take_rows
 
 
 class TokenPredictor(nn.Module):
-    """
-    Log-probabilities that a token is kept and that it is dropped, from the token and the mean of all (dyvm.md 2.2).
+    """Log-probabilities that a token is kept and that it is dropped, from the token and the mean of all.
 
     Args:
-        hidden_size (`int`): Width of the tokens, a multiple of 4.
+        hidden_size (`int`):
+            Width of the tokens, a multiple of 4.
     """
 
     def __init__(self, hidden_size: int):
@@ -27,12 +27,13 @@ class TokenPredictor(nn.Module):
         )
 
     def forward(self, hidden_states: Tensor, weights: Tensor) -> Tensor:
-        """
-        Score tokens.
+        """Score tokens.
 
         Args:
-            hidden_states (`Tensor` of shape `(batch, tokens, hidden_size)`): The stream.
-            weights (`Tensor` of shape `(batch, tokens)`): Which tokens the mean is over: 1, others 0.
+            hidden_states (`Tensor` of shape `(batch, tokens, hidden_size)`):
+                The stream.
+            weights (`Tensor` of shape `(batch, tokens)`):
+                Which tokens the mean is over: 1, others 0.
 
         Returns:
             `Tensor` of shape `(batch, tokens, 2)`: For every token, keep first, in float32.
@@ -46,13 +47,15 @@ class TokenPredictor(nn.Module):
 
 
 class TokenLayout(NamedTuple):
-    """
-    Which row of the stream is what.
+    """Which row of the stream is what.
 
     Args:
-        positions (`Tensor` of shape `(batch, patches)`): Original patch of every patch token, in stream order.
-        patch_rows (`Tensor` of shape `(batch, patches)`): Its row in the stream.
-        class_rows (`Tensor` of shape `(batch, class tokens)`): Rows of the class token(s).
+        positions (`Tensor` of shape `(batch, patches)`):
+            Original patch of every patch token, in stream order.
+        patch_rows (`Tensor` of shape `(batch, patches)`):
+            Its row in the stream.
+        class_rows (`Tensor` of shape `(batch, class tokens)`):
+            Rows of the class token(s).
         policy (`Tensor` of shape `(batch, patches)`, *optional*):
             In training, 1 for every patch token that is still kept, 0 for the others; all are kept without it.
     """
@@ -64,14 +67,17 @@ class TokenLayout(NamedTuple):
 
     @classmethod
     def start(cls, batch: int, patches: int, class_position: str, device: torch.device) -> Self:
-        """
-        The layout before block 0.
+        """The layout before block 0.
 
         Args:
-            batch (`int`): Images.
-            patches (`int`): Patches of an image.
-            class_position (`str`): `cls_token_position` of the configuration.
-            device (`torch.device`): Where the tensors go.
+            batch (`int`):
+                Images.
+            patches (`int`):
+                Patches of an image.
+            class_position (`str`):
+                `cls_token_position` of the configuration.
+            device (`torch.device`):
+                Where the tensors go.
 
         Returns:
             [`TokenLayout`]
@@ -81,11 +87,11 @@ class TokenLayout(NamedTuple):
         return cls(positions, patch_rows(class_rows, patches), class_rows)
 
     def row_weights(self, class_weight: float) -> Tensor:
-        """
-        The policy as one number per row of the stream.
+        """The policy as one number per row of the stream.
 
         Args:
-            class_weight (`float`): The number for class tokens.
+            class_weight (`float`):
+                The number for class tokens.
 
         Returns:
             `Tensor` of shape `(batch, tokens)`: In float32.
@@ -97,14 +103,17 @@ class TokenLayout(NamedTuple):
         return weights.scatter(1, self.patch_rows, policy)
 
     def rearrange(self, stream: Tensor, order: Tensor, kept: Tensor, class_position: str) -> tuple[Tensor, Self]:
-        """
-        Bring patch tokens into a new order, possibly leaving some out, and the class token(s) to their place in it.
+        """Bring patch tokens into a new order, possibly leaving some out, and the class token(s) to their place in it.
 
         Args:
-            stream (`Tensor` of shape `(batch, tokens, hidden_size)`): The stream in this layout.
-            order (`Tensor` of shape `(batch, new patches)`): The patch tokens wanted, by their rank in this layout.
-            kept (`Tensor` of shape `(batch,)`): How many of them are kept; they come first.
-            class_position (`str`): `cls_token_position` of the configuration.
+            stream (`Tensor` of shape `(batch, tokens, hidden_size)`):
+                The stream in this layout.
+            order (`Tensor` of shape `(batch, new patches)`):
+                The patch tokens wanted, by their rank in this layout.
+            kept (`Tensor` of shape `(batch,)`):
+                How many of them are kept; they come first.
+            class_position (`str`):
+                `cls_token_position` of the configuration.
 
         Returns:
             `tuple[Tensor, TokenLayout]`: The new stream and its layout.
@@ -128,12 +137,13 @@ def _class_rows(kept: Tensor, class_position: str) -> Tensor:
 
 
 def patch_rows(class_rows: Tensor, patches: int) -> Tensor:
-    """
-    The rows that class tokens leave to patch tokens.
+    """The rows that class tokens leave to patch tokens.
 
     Args:
-        class_rows (`Tensor` of shape `(batch, class tokens)`): Rows of the class token(s), ascending.
-        patches (`int`): Number of patch tokens.
+        class_rows (`Tensor` of shape `(batch, class tokens)`):
+            Rows of the class token(s), ascending.
+        patches (`int`):
+            Number of patch tokens.
 
     Returns:
         `Tensor` of shape `(batch, patches)`: Ascending.
@@ -145,13 +155,15 @@ def patch_rows(class_rows: Tensor, patches: int) -> Tensor:
 
 
 def sample_exponential(shape: tuple[int, ...], device: torch.device, generator: torch.Generator | None) -> Tensor:
-    """
-    Noise of rate 1, in float32; minus its logarithm is Gumbel noise.
+    """Noise of rate 1, in float32; minus its logarithm is Gumbel noise.
 
     Args:
-        shape (`tuple[int, ...]`): Shape.
-        device (`torch.device`): Where it goes.
-        generator (`torch.Generator`, *optional*): Where it is from; the default generator of the device if unset.
+        shape (`tuple[int, ...]`):
+            Shape.
+        device (`torch.device`):
+            Where it goes.
+        generator (`torch.Generator`, *optional*):
+            Where it is from; the default generator of the device if unset.
 
     Returns:
         `Tensor`
@@ -160,13 +172,15 @@ def sample_exponential(shape: tuple[int, ...], device: torch.device, generator: 
 
 
 def sample_decisions(log_probs: Tensor, tau: float, generator: torch.Generator | None) -> Tensor:
-    """
-    Draw keep or drop for every token; the gradient is that of the probability to keep (straight-through).
+    """Draw keep or drop for every token; the gradient is that of the probability to keep (straight-through).
 
     Args:
-        log_probs (`Tensor` of shape `(batch, patches, 2)`): From [`TokenPredictor`].
-        tau (`float`): Temperature of the gradient.
-        generator (`torch.Generator`, *optional*): Source of the noise.
+        log_probs (`Tensor` of shape `(batch, patches, 2)`):
+            From [`TokenPredictor`].
+        tau (`float`):
+            Temperature of the gradient.
+        generator (`torch.Generator`, *optional*):
+            Source of the noise.
 
     Returns:
         `Tensor` of shape `(batch, patches)`: 0 or 1.
@@ -178,12 +192,13 @@ def sample_decisions(log_probs: Tensor, tau: float, generator: torch.Generator |
 
 
 def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
-    """
-    The value of one tensor with the gradient of another.
+    """The value of one tensor with the gradient of another.
 
     Args:
-        hard (`Tensor`): The value.
-        soft (`Tensor`): What the gradient goes to.
+        hard (`Tensor`):
+            The value.
+        soft (`Tensor`):
+            What the gradient goes to.
 
     Returns:
         `Tensor`: Exactly `hard`.
@@ -192,14 +207,17 @@ def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
 
 
 def fixed_ranks(selection: str, tokens: int, kept: int, seed: str) -> list[int]:
-    """
-    The tokens that the baselines keep, the same for all images.
+    """The tokens that the baselines keep, the same for all images.
 
     Args:
-        selection (`str`): `"even"` or `"random"`.
-        tokens (`int`): How many there are.
-        kept (`int`): How many to keep.
-        seed (`str`): Seed of `"random"`.
+        selection (`str`):
+            `"even"` or `"random"`.
+        tokens (`int`):
+            How many there are.
+        kept (`int`):
+            How many to keep.
+        seed (`str`):
+            Seed of `"random"`.
 
     Returns:
         `list[int]`: Their ranks, ascending.
@@ -210,12 +228,13 @@ def fixed_ranks(selection: str, tokens: int, kept: int, seed: str) -> list[int]:
 
 
 def decisions_from(ranks: Tensor, tokens: int) -> Tensor:
-    """
-    Chosen tokens as 0 and 1.
+    """Chosen tokens as 0 and 1.
 
     Args:
-        ranks (`Tensor` of shape `(batch, kept)`): Which tokens.
-        tokens (`int`): Of how many.
+        ranks (`Tensor` of shape `(batch, kept)`):
+            Which tokens.
+        tokens (`int`):
+            Of how many.
 
     Returns:
         `Tensor` of shape `(batch, tokens)`: In float32.

@@ -71,8 +71,7 @@ class VimProjection(nn.Linear):
 
 
 class VimTimeStepProjection(VimProjection):
-    """
-    Step sizes from their low rank, without the bias, which the scan adds in float32; a module, so that adapters can
+    """Step sizes from their low rank, without the bias, which the scan adds in float32; a module, so that adapters can
     wrap it. With `init_steps` it starts with step sizes between `time_step_min` and `time_step_max`.
     """
 
@@ -86,9 +85,8 @@ class VimTimeStepProjection(VimProjection):
 
 
 class VimMixer(nn.Module):
-    """
-    The bidirectional Mamba mixer (Algorithm 1 of the paper): shared projections, and a convolution, selection and scan
-    per direction.
+    """The bidirectional Mamba mixer (Algorithm 1 of the paper): shared projections, and a convolution, selection and
+    scan per direction.
 
     Parameters carry the official names; those of the backward direction end in `_b`.
     """
@@ -120,11 +118,11 @@ class VimMixer(nn.Module):
         direction_gates: Tensor | None = None,
         feature: str | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """
-        Mix tokens along the sequence, in both directions.
+        """Mix tokens along the sequence, in both directions.
 
         Args:
-            hidden_states (`Tensor` of shape `(batch, tokens, hidden_size)`): Normalised tokens.
+            hidden_states (`Tensor` of shape `(batch, tokens, hidden_size)`):
+                Normalised tokens.
             token_mask (`Tensor` of shape `(batch, tokens)`, *optional*):
                 Factors on the tokens before and after the convolution; 0 hides a token from its neighbours.
             direction_gates (`Tensor` of shape `(batch, 2)`, *optional*):
@@ -193,8 +191,7 @@ class VimBlock(GradientCheckpointingLayer):
     def forward(
         self, hidden_states: Tensor, token_mask: Tensor | None = None, feature: str | None = None, **mixing: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """
-        Apply the block.
+        """Apply the block.
 
         Args:
             hidden_states (`Tensor` of shape `(batch, tokens, hidden_size)`):

@@ -9,8 +9,7 @@ from .configuration_vim import VimConfig
 
 
 class VimRun:
-    """
-    One forward pass through the blocks. A plain Vim applies every block to all tokens.
+    """One forward pass through the blocks. A plain Vim applies every block to all tokens.
 
     A method that does otherwise is a subclass, and `step` is its story: [`MergeRun`] merges tokens before a block,
     [`DyVMRun`] drops tokens and skips scans. `pool` and `report` say what a pass leaves for the output.
@@ -31,8 +30,7 @@ class VimRun:
         self.device = stream.device
 
     def step(self, block: int, layer: nn.Module, stream: Tensor) -> Tensor:
-        """
-        Apply a block, and what the method does to its input.
+        """Apply a block, and what the method does to its input.
 
         Args:
             block (`int`):
@@ -48,8 +46,7 @@ class VimRun:
         return layer(stream)[0]
 
     def class_rows(self) -> Tensor:
-        """
-        Where the class token(s) are at the moment.
+        """Where the class token(s) are at the moment.
 
         Returns:
             `Tensor` of shape `(batch, class tokens)`: Rows of the stream.
@@ -60,8 +57,7 @@ class VimRun:
         return torch.tensor(positions, dtype=torch.long, device=self.device).expand(self.batch, -1)
 
     def pool(self, stream: Tensor, class_rows: Tensor) -> Tensor:
-        """
-        The feature that a head reads: the class token (the mean of two), or the mean or the last of the patches.
+        """The feature that a head reads: the class token (the mean of two), or the mean or the last of the patches.
 
         Args:
             stream (`Tensor` of shape `(batch, tokens, hidden_size)`):
@@ -78,8 +74,7 @@ class VimRun:
         return stream[:, -1] if self.config.pooling == "last" else stream.mean(1)
 
     def report(self, detailed: bool = False) -> dict[str, Any]:
-        """
-        What the method decided, as further fields of the model's output.
+        """What the method decided, as further fields of the model's output.
 
         Args:
             detailed (`bool`, *optional*, defaults to `False`):
@@ -95,8 +90,7 @@ class TokenReducer(Protocol):
     """What can be set as the `token_reducer` of a loaded [`VimModel`] to change how images go through its blocks."""
 
     def begin(self, stream: Tensor, class_positions: tuple[int, ...]) -> VimRun:
-        """
-        Start a forward pass.
+        """Start a forward pass.
 
         Args:
             stream (`Tensor` of shape `(batch, tokens, hidden_size)`):

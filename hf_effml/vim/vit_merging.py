@@ -20,8 +20,7 @@ from .token_reduction import MergeInfo, TokenPlan, bipartite_plan, compose
 def apply_vit_merging(
     model: nn.Module, r: int | float | list[int] | None = None, target_ratio: float | None = None, interval: int = 1
 ) -> Callable[[], None]:
-    """
-    Merge similar tokens between the blocks of a loaded ViT or DeiT, in place; a second call replaces the first.
+    """Merge similar tokens between the blocks of a loaded ViT or DeiT, in place; a second call replaces the first.
 
     Before block `i`, from block 1 on, tokens whose keys in block `i - 1` (mean over heads) are alike become their
     mean, weighted by how many patches each stands for; from there on attention counts a token that many times. (ToMe
@@ -35,8 +34,10 @@ def apply_vit_merging(
             `DeiTModel`, on its own or inside another one; PEFT comes first, then merging.
         r (`int`, `float` or `list[int]`, *optional*):
             Tokens to remove before every merging block, see `merge_r` in [`RMeeToVimConfig`].
-        target_ratio (`float`, *optional*): Share of the patch tokens to save, averaged over blocks, instead of `r`.
-        interval (`int`, *optional*, defaults to 1): Blocks from one merge to the next.
+        target_ratio (`float`, *optional*):
+            Share of the patch tokens to save, averaged over blocks, instead of `r`.
+        interval (`int`, *optional*, defaults to 1):
+            Blocks from one merge to the next.
 
     Returns:
         `Callable[[], None]`: Goes back to the setting before this call.
@@ -77,21 +78,21 @@ def apply_vit_merging(
 
 
 def remove_vit_merging(model: nn.Module) -> None:
-    """
-    Undo [`apply_vit_merging`]; the model then computes bit for bit what it did before it.
+    """Undo [`apply_vit_merging`]; the model then computes bit for bit what it did before it.
 
     Args:
-        model (`nn.Module`): See [`apply_vit_merging`].
+        model (`nn.Module`):
+            See [`apply_vit_merging`].
     """
     _switch(_find_encoder(model), None)
 
 
 def vit_merge_info(model: nn.Module) -> MergeInfo:
-    """
-    What merging did in the latest forward pass of a ViT or DeiT; a Vim has it in its output.
+    """What merging did in the latest forward pass of a ViT or DeiT; a Vim has it in its output.
 
     Args:
-        model (`nn.Module`): See [`apply_vit_merging`].
+        model (`nn.Module`):
+            See [`apply_vit_merging`].
 
     Returns:
         [`MergeInfo`]: What [`visualize_merge`] draws, for example.

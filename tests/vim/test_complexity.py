@@ -56,7 +56,7 @@ def test_official_formula_on_tiny_models(case):
 
 @pytest.mark.parametrize("width, work, layers", [(192, 1.82, 1.45), (384, 5.91, 5.08), (768, 20.89, 18.87)])
 def test_both_directions(width, work, layers):
-    """The paper's baselines count one direction (3.2, item 2)."""
+    """The paper's baselines count one direction."""
     count = count_multiply_adds(VimConfig(hidden_size=width, num_labels=1000))
     assert round(count["total"] / 1e9, 2) == work
     assert round(count["paper_layers"] / 1e9, 2) == layers

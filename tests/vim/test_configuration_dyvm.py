@@ -25,7 +25,7 @@ def test_defaults_are_the_papers():
     "ratio, kept", [(0.9, [176, 158, 142]), (0.8, [156, 125, 100]), (0.7, [137, 96, 67]), (1, [196] * 3)]
 )
 def test_counts(ratio, kept):
-    """The truncated product of the sheet (2.1)."""
+    """The truncated product."""
     assert DyVMConfig(token_keep_ratio=ratio).tokens_kept_at_default_size == kept
 
 

@@ -81,7 +81,7 @@ def test_a_plain_vim_keeps_its_tokens():
 
 @pytest.mark.parametrize("tokens", [17, 2, 1, 50, 4097])
 def test_other_lengths(tokens):
-    """Without the official code's constant of 197 tokens (3.2, item 1)."""
+    """Without the official code's constant of 197 tokens."""
     schedule = merge_schedule(RMeeToVimConfig(merge_r=11), tokens)
     before = tokens
     for block, length in enumerate(schedule):
@@ -91,7 +91,7 @@ def test_other_lengths(tokens):
 
 
 def test_the_official_last_block_rule_is_off_by_default():
-    """It cuts Vim-tiny to 76 tokens whatever r is, even for r = 0 (3.2, item 1)."""
+    """It cuts Vim-tiny to 76 tokens whatever r is, even for r = 0."""
     assert merge_schedule(RMeeToVimConfig(merge_r=5))[-1] == 142
     assert merge_schedule(RMeeToVimConfig(merge_r=5, merge_legacy_last_target=76))[-1] == 76
     assert merge_schedule(RMeeToVimConfig(merge_r=0, merge_legacy_last_target=76)) == [197] * 24

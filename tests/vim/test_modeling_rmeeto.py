@@ -85,7 +85,7 @@ def test_official_logits(vectors, setting):
         output = model(vectors["pixel_values"], output_merge_info=True)
     error = (output.logits - vectors[f"{name}.logits"]).abs().max()
     if setting.get("metric") in ("B", "C", "delta") and not setting.get("time_aligned"):
-        # The official code reverses the backward branch along channels (3.3, item 3). Ours is the aligned reading.
+        # The official code reverses the backward branch along channels. Ours is the aligned reading.
         assert error > 0.1
         return
     assert error < 2e-5
@@ -249,7 +249,7 @@ def test_capped_amounts_warn_once(caplog):
 @pytest.mark.parametrize("cls_token_position", ["middle", "head", "double", "none"])
 @pytest.mark.parametrize("side", [4, 8, 12, 28])
 def test_other_image_sizes(cls_token_position, side):
-    """Down to a single patch; lengths follow the image (3.2, item 1)."""
+    """Down to a single patch; lengths follow the image."""
     pooling = "last" if cls_token_position == "none" else "cls"
     model = build(merge_r=6, cls_token_position=cls_token_position, pooling=pooling)
     with torch.no_grad():
@@ -291,14 +291,14 @@ def test_merge_info(fields):
 
 
 def test_asking_for_information_changes_nothing():
-    """In the official visualisation mode every merge takes token 0 for the class token (3.3, item 1)."""
+    """In the official visualisation mode every merge takes token 0 for the class token."""
     model = build(merge_r=5)
     assert torch.equal(logits(model), logits(model, output_merge_info=True))
     assert model(pixels(model.config)).merge_info is None
 
 
 def test_pruned_tokens_have_no_place():
-    """The official code draws them as part of group 0 (3.3, item 2)."""
+    """The official code draws them as part of group 0."""
     model = build(merge_r=5, merge_mode="prune")
     with torch.no_grad():
         info = model(pixels(model.config), output_merge_info=True).merge_info
@@ -373,7 +373,7 @@ def test_equal_images_merge_alike():
 
 @pytest.mark.parametrize("model_class", [RMeeToVimModel, RMeeToVimForImageClassification])
 def test_default_construction(model_class):
-    """The official constructor fails without its dictionary of options (3.3, item 5)."""
+    """The official constructor fails without its dictionary of options."""
     model = model_class(RMeeToVimConfig(**tiny_vim_fields()))
     assert isinstance(next(m for m in model.modules() if isinstance(m, VimModel)).token_reducer, TokenMerger)
 
@@ -450,7 +450,7 @@ def test_training_merges_as_evaluation_does():
     "fields", [{}, {"residual_in_fp32": False}, {"merge_metric": "B"}, {"merge_reduce": "amax"}], ids=str
 )
 def test_half_precision_weights(dtype, fields):
-    """The official code fails in the matrix product after the first merge (3.3, item 6)."""
+    """The official code fails in the matrix product after the first merge."""
     model = build(merge_r=4, **fields).to(dtype)
     with torch.no_grad():
         output = model(pixels(model.config).to(dtype), output_merge_info=True)

@@ -51,7 +51,7 @@ def swap_directions(module):
 
 @pytest.mark.parametrize("width, count", [(192, 7_148_008), (384, 25_796_584), (768, 97_598_440)])
 def test_parameter_counts(width, count):
-    """Counted from the official constructors (vim.md 1)."""
+    """Counted from the official constructors."""
     with torch.device("meta"):
         model = VimForImageClassification(VimConfig(hidden_size=width, num_labels=1000))
     assert model.num_parameters() == count
@@ -115,7 +115,7 @@ def test_num_labels_zero_returns_features():
     assert_close(model(given).logits, model.vim(given).pooler_output)
 
 
-# Invariants (vim.md 6.4)
+# Invariants
 
 
 @pytest.mark.parametrize("divide_output", [True, False])
@@ -196,7 +196,7 @@ def test_masked_tokens_are_not_seen():
 
 
 def mix_by_definition(mixer, given, mask):
-    """vim.md 2.3 and 4.2 word for word, the backward direction on flipped tensors: outputs before W_out, features."""
+    """The mixer word for word, the backward direction on flipped tensors: outputs before W_out, features."""
     u, z = mixer.in_proj(given).chunk(2, dim=-1)
     outputs, features = [], []
     for suffix in ("", "_b"):
@@ -221,7 +221,7 @@ def mix_by_definition(mixer, given, mask):
 
 @pytest.mark.parametrize("divide_output", [True, False])
 def test_mixer_by_definition(divide_output):
-    """Output, token mask, gates, and the features that a later block may match tokens on (rmeeto.md 2.2)."""
+    """Output, token mask, gates, and the features that a later block may match tokens on."""
     block, given = build(VimModel, divide_output=divide_output, layer_scale_init_value=0.5).layers[0], tokens()
     mask, gates = torch.rand(2, 9).round(decimals=1), torch.rand(2, 2)
     share = 0.5 if divide_output else 1.0
@@ -254,7 +254,7 @@ def test_short_sequences():
     assert model(pixels(model.config)).logits.shape == (2, 2)
 
 
-# Initialisation (vim.md 3.4)
+# Initialisation
 
 
 def assert_uniform(tensor, bound, what):
@@ -330,7 +330,7 @@ def test_drop_path_drops_whole_samples():
 
 
 def test_names_without_weight_decay():
-    """Class tokens, positions and vectors; `A_log` and `A_b_log` are decayed, as in the official runs (vim.md 3.5)."""
+    """Class tokens, positions and vectors; `A_log` and `A_b_log` are decayed, as in the official runs."""
     model = build(cls_token_position="double", layer_scale_init_value=1.0)
     exempt = model.no_weight_decay()
     assert {
@@ -357,7 +357,7 @@ def test_names_without_weight_decay():
     } < decayed
 
 
-# Position tables (vim.md 4.4 and 6.5)
+# Position tables
 
 
 LAYOUTS = [("middle", [8], 4 * 6 // 2), ("head", [0], 0), ("double", [0, 17], None), ("none", [], None)]
@@ -412,7 +412,7 @@ def test_224_to_256():
     assert output.cls_token_index.tolist() == [[128]]
 
 
-# Edge cases (vim.md 4.6)
+# Edge cases
 
 
 @pytest.mark.parametrize(
@@ -534,7 +534,7 @@ def test_new_number_of_labels(tmp_path):
     assert_close(changed.vim.state_dict(), model.vim.state_dict())
 
 
-# Training on the digits (vim.md 6.6)
+# Training on the digits
 
 
 def train_on_digits(digits, folder, **arguments):

@@ -309,7 +309,7 @@ def cost(scan, stream):
 
 
 def test_cost_is_linear_in_the_length():
-    """The original's backward writes a tensor of full size per step (vim.md 3.7, point 5)."""
+    """The original's backward writes a tensor of full size per step."""
 
     def growth(scan, quantity):
         costs = [getattr(cost(scan, make_stream(1, length, states=4)), quantity) for length in (100, 200, 400)]

@@ -188,7 +188,7 @@ def test_merging_once_equals_the_official_two_steps(tokens, r, position):
     assert plan.class_index.tolist() == [after] * 3
 
 
-# Invariants (rmeeto.md 6.2)
+# Invariants
 
 
 def plans(batch, tokens, r, metric=None):
@@ -274,7 +274,7 @@ def test_compose_pruning():
 
 
 def test_pruning_copies_survivors():
-    """Dropped tokens belong to no group: the official source matrix counts them to group 0 (3.3, item 2)."""
+    """Dropped tokens belong to no group: the official source matrix counts them to group 0."""
     metric, x, size = torch.randn(2, 21, 6), torch.randn(2, 21, 5), torch.rand(2, 21, 1)
     plan = bipartite_plan(metric, 6, 10, prune=True)
     merged, sizes = plan.merge(x, size)
@@ -358,7 +358,7 @@ def test_ties_go_to_the_lowest_position(tokens, width):
 
 
 def test_zero_vectors_are_finite():
-    """The official code divides by their norm (3.3, item 11)."""
+    """The official code divides by their norm."""
     metric, x = torch.randn(2, 21, 6), torch.randn(2, 21, 5)
     metric[:, ::3] = 0
     for distance in ("cosine", "l1", "l2"):
@@ -382,7 +382,7 @@ def test_what_is_not_finite_reaches_the_output(value, prune, token):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_types(dtype):
-    """Half precision in, half precision out, accumulated in float32 (3.3, item 6)."""
+    """Half precision in, half precision out, accumulated in float32."""
     x, size = torch.randn(2, 33, 8).to(dtype), torch.randint(1, 200, (2, 33, 1)).float()
     plan = bipartite_plan(x, 9, 16)
     merged, sizes = plan.merge(x, size)
@@ -460,7 +460,7 @@ def count_operations(function):
 
 
 def test_half_the_operations_of_the_official_merge():
-    """Small kernels are what merging costs on a GPU (rmeeto.md 5.1)."""
+    """Small kernels are what merging costs on a GPU."""
     x, size = torch.randn(1, 197, 32), torch.ones(1, 197, 1)
     ours = count_operations(lambda: bipartite_plan(x, 11, 98).merge(x, size))
     official = count_operations(lambda: ordered_merge_reference(x, x, x, size, 98, 11))

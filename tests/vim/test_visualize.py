@@ -50,7 +50,7 @@ def centres(drawn, rows=2, columns=3):
     ids=["no class token", "head", "middle", "double"],
 )
 def test_groups_share_their_mean_colour(slots, class_index):
-    """Whatever the place of the class token; the official plot always drops token 0 (3.3, item 1)."""
+    """Whatever the place of the class token; the official plot always drops token 0."""
     before, after = centres(visualize_merge(picture(), info(slots, class_index)))
     assert np.abs(before - COLOURS).max() <= 1
     expected = COLOURS.astype(float)
@@ -70,7 +70,7 @@ def test_groups_have_an_outline_and_single_patches_none():
 
 
 def test_pruned_patches_turn_grey():
-    """The official plot paints them like group 0 (3.3, item 2)."""
+    """The official plot paints them like group 0."""
     _, after = centres(visualize_merge(picture(), info([0, -1, 1, 2, -1, 3], [])))
     assert all(len(set(colour)) == 1 for colour in after[[1, 4]].tolist())
     assert np.abs(after[[0, 2, 3, 5]] - COLOURS[[0, 2, 3, 5]]).max() <= 1

@@ -10,14 +10,14 @@ from hf_effml.vim.configuration_vim import VimConfig
 def count_multiply_adds(
     config: VimConfig, tokens_per_layer: list[int] | None = None, block_keep_ratio: float = 1.0
 ) -> dict[str, int]:
-    """
-    Multiply-adds of one image.
+    """Multiply-adds of one image.
 
     A scan step of one channel and state counts 9 and its skip and gate 2, as in the official counters; norms and
     activations count nothing.
 
     Args:
-        config ([`VimConfig`], [`RMeeToVimConfig`] or [`DyVMConfig`]): The model.
+        config ([`VimConfig`], [`RMeeToVimConfig`] or [`DyVMConfig`]):
+            The model.
         tokens_per_layer (`list[int]`, *optional*):
             Tokens inside every block; [`tokens_per_block`] of `config` by default.
         block_keep_ratio (`float`, *optional*, defaults to 1.0):
@@ -71,12 +71,13 @@ def count_multiply_adds(
 
 
 def tokens_per_block(config: VimConfig, num_patches: int | None = None) -> list[int]:
-    """
-    Number of tokens inside every block, class tokens included.
+    """Number of tokens inside every block, class tokens included.
 
     Args:
-        config ([`VimConfig`], [`RMeeToVimConfig`] or [`DyVMConfig`]): The model.
-        num_patches (`int`, *optional*): Patches of the image; those of `config` by default.
+        config ([`VimConfig`], [`RMeeToVimConfig`] or [`DyVMConfig`]):
+            The model.
+        num_patches (`int`, *optional*):
+            Patches of the image; those of `config` by default.
 
     Returns:
         `list[int]`: One number per block.

@@ -21,16 +21,18 @@ _GOLDEN = 0.618034
 def visualize_merge(
     image: Image.Image, merge_info: MergeInfo, index: int = 0, grid_size: tuple[int, int] | None = None
 ) -> Image.Image:
-    """
-    Draw which patches of an image were merged, beside the image.
+    """Draw which patches of an image were merged, beside the image.
 
     Patches of one group share their mean colour and an outline of one hue, also where they do not touch. Patches that
     stand for themselves keep their pixels; pruned ones turn grey.
 
     Args:
-        image (`PIL.Image.Image`): The image as the model saw it, resized and cropped.
-        merge_info ([`MergeInfo`]): The model's `merge_info`, asked for with `output_merge_info=True`.
-        index (`int`, *optional*, defaults to 0): Which sample of the batch.
+        image (`PIL.Image.Image`):
+            The image as the model saw it, resized and cropped.
+        merge_info ([`MergeInfo`]):
+            The model's `merge_info`, asked for with `output_merge_info=True`.
+        index (`int`, *optional*, defaults to 0):
+            Which sample of the batch.
         grid_size (`tuple[int, int]`, *optional*):
             Rows and columns of patches; the grid that fits the shape of the image if unset.
 
@@ -71,16 +73,18 @@ def visualize_merge(
 def visualize_selection(
     image: Image.Image, outputs: Any, index: int = 0, grid_size: tuple[int, int] | None = None
 ) -> Image.Image:
-    """
-    Draw which patches of an image a DyVM kept after every stage, and which scans it ran in every block.
+    """Draw which patches of an image a DyVM kept after every stage, and which scans it ran in every block.
 
     Dropped patches turn grey. Below the pictures every block has one field per direction, from the first block on the
     left to the last on the right: filled where the scan ran.
 
     Args:
-        image (`PIL.Image.Image`): The image as the model saw it, resized and cropped.
-        outputs ([`DyVMImageClassifierOutput`] or [`DyVMModelOutput`]): From a model in evaluation.
-        index (`int`, *optional*, defaults to 0): Which sample of the batch.
+        image (`PIL.Image.Image`):
+            The image as the model saw it, resized and cropped.
+        outputs ([`DyVMImageClassifierOutput`] or [`DyVMModelOutput`]):
+            From a model in evaluation.
+        index (`int`, *optional*, defaults to 0):
+            Which sample of the batch.
         grid_size (`tuple[int, int]`, *optional*):
             Rows and columns of patches; the grid that fits the shape of the image if unset.
 
