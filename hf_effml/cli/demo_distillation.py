@@ -34,12 +34,12 @@ def distil_digits(out: Path, seed: int) -> "tuple[Report, Path]":
         PADTrainer,
         PADTrainingArguments,
         distilled_from_real,
+        easy_to_hard,
         evaluate_distilled,
+        get_protocol,
         load_real_images,
         score_difficulty,
     )
-    from hf_effml.distillation.difficulty import easy_to_hard
-    from hf_effml.distillation.evaluation.protocols import get_protocol
 
     data = load_real_images("digits", whiten=False, seed=seed)
     config = ConvNetConfig(

@@ -11,10 +11,10 @@ from .configuration_convnet import ConvNetConfig
 from .configuration_distilled_dataset import DistilledDatasetConfig
 from .convert_convnet import convert_convnet_checkpoint
 from .differentiable_augmentation import AugmentationSettings, augment, draw_augmentation
-from .difficulty import score_difficulty
+from .difficulty import easy_to_hard, score_difficulty
 from .evaluation.cost import CostEstimate, estimate_cost
 from .evaluation.measure import cross_architecture, evaluate_distilled
-from .evaluation.protocols import EvaluationProtocol
+from .evaluation.protocols import EvaluationProtocol, get_protocol
 from .evaluation.report import EvaluationReport
 from .evaluation.training_sets import TrainingSet
 from .flat_student import FlatStudent, build_student
@@ -69,9 +69,11 @@ __all__ = [
     "cross_architecture",
     "distilled_from_real",
     "draw_augmentation",
+    "easy_to_hard",
     "estimate_cost",
     "evaluate_distilled",
     "export_pickled_bank",
+    "get_protocol",
     "import_distilled_tensors",
     "import_pickled_bank",
     "load_distilled",
