@@ -25,7 +25,7 @@ from hf_effml.distillation.publishing.sets import save_distilled_dataset
 from hf_effml.distillation.unroll import StudentDerivatives
 from hf_effml.hub import push_folder, write_card
 from hf_effml.hub.privacy import scrub, scrub_command
-from hf_effml.utils.files import replacing_file
+from hf_effml.utils.files import remove_leftovers, replacing_file
 from hf_effml.utils.imports import usable
 
 from .base import EffMLTrainer, _changed_arguments, _command_line
@@ -154,6 +154,9 @@ class TrajectoryMatchingTrainer(EffMLTrainer):
             `TrainOutput`: steps, loss and timings.
         """
         self.accelerator.unwrap_model(self.model).config.method = self._method
+        if self.is_world_process_zero():
+            for folder in (self.args.output_dir, Path(self.args.output_dir, _PICTURES)):
+                remove_leftovers(folder)
         return super().train(resume_from_checkpoint, **kwargs)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:

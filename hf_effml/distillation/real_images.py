@@ -1,5 +1,6 @@
 """Real images of a data set, preprocessed and in memory, as experts and evaluations of a distilled set need them."""
 
+import copy
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -201,7 +202,7 @@ def load_real_images(
             Commit, tag or branch on the Hub.
         processor ([`ZCAImageProcessor`], *optional*):
             A fitted one, as a trajectory bank holds it, to be used instead of fitting a new one; `image_size`,
-            `num_channels`, `whiten` and `resize_mode` are then taken from it.
+            `num_channels`, `whiten` and `resize_mode` are then taken from it. Of another one a copy is fitted.
         device (`str` or `torch.device`, *optional*, defaults to `"cpu"`):
             Where to fit; the images stay on the CPU.
 
@@ -232,6 +233,8 @@ def load_real_images(
     if processor is None:
         channels = num_channels or (1 if name == "digits" else 3)
         processor = ZCAImageProcessor(image_size, resize_mode, channels, do_whiten=whiten)
+    elif not processor.is_fitted:
+        processor = copy.deepcopy(processor)
     pixels = _read(train, rows.names, processor)
     if not processor.is_fitted:
         processor.fit(pixels.images, device)

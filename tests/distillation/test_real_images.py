@@ -133,6 +133,13 @@ def test_a_fitted_processor_is_used_as_it_is(zoo):
     before = processor.fingerprint
     data = load_real_images("zoo", classes=[0, 1], processor=processor)
     assert data.processor is processor and processor.fingerprint == before
+
+
+def test_of_a_processor_that_is_not_fitted_a_copy_is(zoo):
+    processor = ZCAImageProcessor(size={"height": 4, "width": 4})
+    before = processor.to_dict()
+    data = load_real_images("zoo", processor=processor)
+    assert data.processor.is_fitted and not processor.is_fitted and processor.to_dict() == before
     assert data.train.images.shape[1:] == (3, 4, 4)
 
 

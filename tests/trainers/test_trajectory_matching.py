@@ -4,6 +4,7 @@ import copy
 import math
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -89,6 +90,17 @@ def test_what_the_caller_gave_stays(distil, expert_bank, method):
     assert made.args.to_dict() == given and bank.metadata == metadata and processor.to_dict() == fields
     assert torch.equal(data.validation.images, images)
     assert start.config.to_dict() == before | {"method": made._method}
+
+
+def test_what_killed_writers_left_is_removed(distil):
+    trainer = distil(max_steps=1)
+    folder = Path(trainer.args.output_dir)
+    (folder / "pictures").mkdir(parents=True)
+    leftovers = [folder / ".tmpA1b2C3", folder / "pictures" / ".step-000000.png.abcdefgh.unfinished"]
+    for path in leftovers:
+        path.write_bytes(b"half")
+    trainer.train()
+    assert not any(path.exists() for path in leftovers)
 
 
 def test_seeds(distil):
