@@ -24,6 +24,7 @@ from hf_effml import (
 from hf_effml.cli.parsing import parse_arguments, run_script
 from hf_effml.cli.small_runs import ExperimentArguments, train_vim
 from hf_effml.utils.report import Column
+from hf_effml.vim.evaluation.baselines import selection_task
 from hf_effml.vim.evaluation.measure import amount_of_work, classify, kept_shares
 
 
@@ -82,35 +83,6 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
         report = args.report(COLUMNS, augmentation, seed, [_row(key, values) for key, values in found.items()])
     print(f"\n{report.as_text()}\nWrote {args.name}.md and {args.name}.json into {args.output_dir}.")
     return report.as_dict()
-
-
-def selection_task(
-    seed: int, train: int = 1600, test: int = 2000
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Makes images in which few patches matter: all is noise but two patches, at random places, that tell the class.
-
-    Args:
-        seed (`int`):
-            Of the ten patterns, the places and the noise.
-        train (`int`, *optional*, defaults to 1600):
-            Number of training images.
-        test (`int`, *optional*, defaults to 2000):
-            Number of test images.
-
-    Returns:
-        `tuple[list[dict], list[dict]]`: training and test images, `pixel_values` `(1, 18, 18)` and `labels`.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    patterns = torch.randn(10, 9, generator=generator)
-    count = train + test
-    labels = torch.randint(10, (count,), generator=generator)
-    patches = torch.randn(count, 36, 9, generator=generator)
-    places = torch.rand(count, 36, generator=generator).argsort(dim=1)[:, :2]
-    noise = 0.3 * torch.randn(count, 2, 9, generator=generator)
-    patches[torch.arange(count)[:, None], places] = patterns[labels][:, None] + noise
-    pixels = patches.view(count, 6, 6, 3, 3).transpose(2, 3).reshape(count, 1, 18, 18)
-    rows = [{"pixel_values": image, "labels": label} for image, label in zip(pixels, labels.tolist(), strict=True)]
-    return rows[:train], rows[train:]
 
 
 def _run_seed(

@@ -22,6 +22,9 @@ from hf_effml.utils.benchmark import (
     write_report,
 )
 from hf_effml.vim import selective_scan, vim_blocks
+from hf_effml.vim.evaluation import bench_dyvm as dyvm_measures
+from hf_effml.vim.evaluation import bench_rmeeto as rmeeto_measures
+from hf_effml.vim.evaluation import bench_vim as vim_measures
 from hf_effml.vim.evaluation.baselines import natural_images, with_transformers_mixer
 
 
@@ -37,7 +40,7 @@ def test_bench_vim_writes_table_and_json(tmp_path, capsys):
     for name in ("loop with indexing", "loop with unbind", "transformers' Mamba mixer twice", "DeiT-tiny"):
         assert name in table
     assert {row["what"] for row in results["scan"]} == {"forward", "forward + backward"}
-    assert [row["tokens"] for row in results["scaling"]] == list(bench_vim.QUICK.lengths)
+    assert [row["tokens"] for row in results["scaling"]] == list(vim_measures.QUICK.lengths)
     assert {row["batch"] for row in results["model"]} == {1, 2}
     assert all(row["ms"] > 0 for row in [*results["scan"], *results["scaling"], *results["model"]])
 
@@ -46,7 +49,7 @@ def test_bench_vim_refuses_a_wrong_scan(tmp_path, monkeypatch):
     def wrong(*streams):
         return tuple(y + 0.01 for y in selective_scan(*streams))
 
-    monkeypatch.setattr("hf_effml.vim.selective_scan", wrong)
+    monkeypatch.setattr(vim_measures, "selective_scan", wrong)
     with pytest.raises(RuntimeError, match="Nothing is reported.*`loop with indexing` and `ours` differ by"):
         run(bench_vim, tmp_path)
     assert not list(tmp_path.iterdir())
@@ -84,7 +87,7 @@ def test_bench_rmeeto_writes_table_and_json(tmp_path, capsys):
     assert json.loads((tmp_path / "bench_rmeeto.json").read_text()) == results
     assert (tmp_path / "bench_rmeeto.md").read_text().strip() in capsys.readouterr().out
     names = {r: [row["merging"] for row in results["models"] if row["r"] == r] for r in (0, 3)}
-    assert names[0] == [bench_rmeeto.OFF, bench_rmeeto.OURS]
+    assert names[0] == [rmeeto_measures.OFF, rmeeto_measures.OURS]
     assert len(names[3]) == 5
     assert set(results["break_even_r"]) == {"2"}
 
@@ -106,10 +109,10 @@ def test_bench_rmeeto_refuses_a_wrong_merge(tmp_path, monkeypatch):
 
 def test_free_removal_has_the_lengths_of_merging():
     config = VimConfig(image_size=32, patch_size=8, hidden_size=16, num_hidden_layers=4, num_labels=5)
-    variants = bench_rmeeto._variants(VimForImageClassification(config).eval(), r=3)
+    variants = rmeeto_measures._variants(VimForImageClassification(config).eval(), r=3)
     pixels = torch.randn(1, 3, 32, 32)
     tokens = {name: model.vim(pixels).last_hidden_state.shape[1] for name, model in variants.items()}
-    off = tokens.pop(bench_rmeeto.OFF)
+    off = tokens.pop(rmeeto_measures.OFF)
     assert set(tokens.values()) == {off - 3}
 
 
@@ -117,8 +120,8 @@ def test_free_removal_has_the_lengths_of_merging():
     ("faster", "expected"), [({1: 0.9, 3: 1.1, 5: 1.2}, 3), ({1: 1.1, 3: 0.9, 5: 1.2}, 5), ({1: 1.1, 3: 0.9}, None)]
 )
 def test_break_even(faster, expected):
-    rows = [{"batch": 1, "merging": bench_rmeeto.OURS, "r": r, "faster_than_off": f} for r, f in faster.items()]
-    assert bench_rmeeto._break_even(rows, 1) == expected
+    rows = [{"batch": 1, "merging": rmeeto_measures.OURS, "r": r, "faster_than_off": f} for r, f in faster.items()]
+    assert rmeeto_measures._break_even(rows, 1) == expected
 
 
 def test_bench_dyvm_writes_table_and_json(tmp_path, capsys):
@@ -129,7 +132,7 @@ def test_bench_dyvm_writes_table_and_json(tmp_path, capsys):
     assert len(rows) == 4 * 2 * 3 and len(results["choosing"]) == 3 * 2
     assert {row["tokens_kept"] for row in rows if row["asked"] == "0.7 / 0.8"} == {"all", "11 7 5"}
     for row in rows:
-        selects_scans = row["model"] == bench_dyvm.SELECT and not row["asked"].endswith("/ 1")
+        selects_scans = row["model"] == dyvm_measures.SELECT and not row["asked"].endswith("/ 1")
         # The gates of the first of four blocks are the same for all images.
         assert abs(row["scans_run"] - 0.8) < 0.15 if selects_scans else row["scans_run"] == 1
         assert row["ms"] > 0
@@ -137,7 +140,7 @@ def test_bench_dyvm_writes_table_and_json(tmp_path, capsys):
 
 @pytest.mark.parametrize("wrong_mode", ["select", "mask"])
 def test_bench_dyvm_refuses_modes_that_differ(tmp_path, monkeypatch, wrong_mode):
-    right = bench_dyvm._bench_model
+    right = dyvm_measures._bench_model
 
     def wrong(args, vim, model, *others):
         def shifted(module, inputs, output):
@@ -147,7 +150,7 @@ def test_bench_dyvm_refuses_modes_that_differ(tmp_path, monkeypatch, wrong_mode)
         model.register_forward_hook(shifted)
         return right(args, vim, model, *others)
 
-    monkeypatch.setattr(bench_dyvm, "_bench_model", wrong)
+    monkeypatch.setattr(dyvm_measures, "_bench_model", wrong)
     with pytest.raises(RuntimeError, match="`DyVM, select` and `DyVM, mask` differ by"):
         run(bench_dyvm, tmp_path)
     assert not list(tmp_path.iterdir())

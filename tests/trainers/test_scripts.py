@@ -18,6 +18,7 @@ from hf_effml.scripts import (
     train_rmeeto,
     train_vim,
 )
+from hf_effml.vim.evaluation.baselines import selection_task
 
 
 SMALL = ["--max_steps", "2", "--per_device_train_batch_size", "4", "--use_cpu", "--save_strategy", "no"]
@@ -115,7 +116,7 @@ def test_one_share_is_that_of_every_stage():
 
 
 def test_patches_of_the_selection_task_tell_the_class():
-    train, test = experiment_dyvm.selection_task(seed=1, train=60, test=20)
+    train, test = selection_task(seed=1, train=60, test=20)
     assert (len(train), len(test)) == (60, 20) and train[0]["pixel_values"].shape == (1, 18, 18)
     pixels = torch.stack([row["pixel_values"] for row in train + test])
     labels = torch.tensor([row["labels"] for row in train + test])
@@ -126,7 +127,7 @@ def test_patches_of_the_selection_task_tell_the_class():
         first = own[0]
         distance = torch.cdist(own[1:].flatten(0, 1), first).view(len(own) - 1, 36, 36)
         assert (distance.amin(1) < 2.2).float().mean(0).topk(2).values.min() == 1
-    again, _ = experiment_dyvm.selection_task(seed=1, train=60, test=20)
+    again, _ = selection_task(seed=1, train=60, test=20)
     assert torch.equal(again[5]["pixel_values"], train[5]["pixel_values"])
 
 
