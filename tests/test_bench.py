@@ -16,10 +16,8 @@ from hf_effml.utils.benchmark import (
     check_agreement,
     compare,
     describe_run,
-    markdown_table,
     one_line,
     peak_memory,
-    write_report,
 )
 from hf_effml.vim import selective_scan, vim_blocks
 from hf_effml.vim.evaluation import bench_dyvm as dyvm_measures
@@ -219,21 +217,10 @@ def test_peak_memory_counts_what_is_held_at_once():
     assert peak_memory(lambda: layer(layer(x)).sum().backward()) > peak_memory(lambda: layer(x))
 
 
-def test_report(tmp_path):
+def test_description_of_a_run():
     record = describe_run(seed=3, rounds=5)
     assert (record["seed"], record["rounds"], record["threads"]) == (3, 5, 1)
     assert f"torch {torch.__version__.partition('+')[0]}" in one_line(record)
-    rows = [{"what": "a", "cpu_ms": 1.23456}, {"what": "b", "note": None}]
-    table = markdown_table(rows)
-    assert table.splitlines() == [
-        "| what | cpu ms | note |",
-        "| --- | --- | --- |",
-        "| a | 1.235 |  |",
-        "| b |  |  |",
-    ]
-    path = write_report(tmp_path / "new", "bench", {"run": record, "rows": rows}, [table])
-    assert path.read_text() == table + "\n"
-    assert json.loads((tmp_path / "new" / "bench.json").read_text())["rows"] == rows
 
 
 def test_bench_token_router_writes_table_and_json(tmp_path, capsys):

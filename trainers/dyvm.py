@@ -156,14 +156,7 @@ class DyVMTrainer(TaughtTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Trains the model, and sets its gates when it is done; the rest is as in [`VisionTrainer`].
 
-        Args:
-            resume_from_checkpoint (`str` or `bool`, *optional*):
-                Folder of a checkpoint, or `True` for the newest complete one in `output_dir`.
-            kwargs (`dict`, *optional*):
-                Passed on to [`~transformers.Trainer.train`].
-
-        Returns:
-            `TrainOutput`: steps, loss and timings.
+        Arguments and result are those of [`EffMLTrainer.train`].
         """
         output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         if self.args.calibration_images and self._student.config.enable_block_selection:

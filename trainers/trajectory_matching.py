@@ -144,14 +144,7 @@ class TrajectoryMatchingTrainer(EffMLTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Trains the synthetic set, whose configuration then names the method.
 
-        Args:
-            resume_from_checkpoint (`str` or `bool`, *optional*):
-                Folder of a checkpoint, or `True` for the newest complete one in `output_dir`.
-            kwargs (`dict`, *optional*):
-                Passed on to [`~transformers.Trainer.train`].
-
-        Returns:
-            `TrainOutput`: steps, loss and timings.
+        Arguments and result are those of [`EffMLTrainer.train`].
         """
         self.accelerator.unwrap_model(self.model).config.method = self._method
         if self.is_world_process_zero():

@@ -113,15 +113,7 @@ class VisionTrainer(EffMLTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Trains the model.
 
-        Args:
-            resume_from_checkpoint (`str` or `bool`, *optional*):
-                Folder of a checkpoint, or `True` (`true` on a command line) for the newest complete one in
-                `output_dir`; a checkpoint that the end of a process cut off is passed over.
-            kwargs (`dict`, *optional*):
-                Passed on to [`~transformers.Trainer.train`].
-
-        Returns:
-            `TrainOutput`: steps, loss and timings.
+        Arguments and result are those of [`EffMLTrainer.train`].
         """
         resume_from_checkpoint = self.find_checkpoint(resume_from_checkpoint)
         decay = getattr(self.args, "ema_decay", None)

@@ -45,12 +45,7 @@ def read_recipes(program: str | Path) -> dict[str, dict[str, Any]]:
     import yaml
 
     path = recipe_file(program)
-    if path.is_file():
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return {name: settings for name, settings in content.items() if not name.startswith("_")}
-    recipes = {}
-    for one in sorted(path.parent.glob(f"{path.stem}_*.yaml")):
-        text = one.read_text(encoding="utf-8")
-        about = text.partition("\n")[0].removeprefix("#").strip()
-        recipes[one.stem.removeprefix(f"{path.stem}_")] = {"about": about, **yaml.safe_load(text)}
-    return recipes
+    if not path.is_file():
+        return {}
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return {name: settings for name, settings in content.items() if not name.startswith("_")}

@@ -160,10 +160,9 @@ def search_sparsity_schedule(
     """Searches how many tokens each block should skip, as in FTP (https://huggingface.co/papers/2412.11494).
 
     A genetic algorithm over schedules whose mean is the model's `target_sparsity` and which leave its protected blocks
-    alone. It starts from the uniform schedule, one from block influence, a triangular one that skips most in the
-    middle, and random ones. Every schedule is tried with budget selection and costs one forward pass of the windows,
-    with the tokens after the prompts processed everywhere. The paper searches with the static router, trains the
-    router, and searches again with that one: `router_type="one_pass"`.
+    alone, from a uniform one, one from block influence, a triangular one and random ones. Each is tried with budget
+    selection and costs one pass of the windows, in which the tokens after the prompts are processed everywhere. The
+    paper searches with the static router, trains the router, and searches again with `router_type="one_pass"`.
 
     Args:
         model (`nn.Module`):
@@ -171,11 +170,11 @@ def search_sparsity_schedule(
         windows (`Tensor` of shape `(windows, tokens)`, *optional*):
             Token ids of texts, without padding. Not needed where `fitness` is a function.
         prompt_length (`int`, *optional*):
-            Tokens of each window that are its prompt, which is routed. Needed as `windows` are.
+            Tokens of each window that are its prompt, which is routed.
         population (`int`, *optional*, defaults to 24):
             Schedules per generation.
         generations (`int`, *optional*, defaults to 20):
-            Generations after the schedules to start with; each evaluates up to `population - elite` new ones.
+            Generations after the first; each evaluates up to `population - elite` new ones.
         elite (`int`, *optional*, defaults to 4):
             Best schedules that live on unchanged.
         mutation_rate (`float`, *optional*, defaults to 0.3):
@@ -183,15 +182,14 @@ def search_sparsity_schedule(
         mutation_scale (`float`, *optional*, defaults to 0.1):
             Standard deviation of the change.
         patience (`int`, *optional*, defaults to 5):
-            Stop after so many generations that found nothing better; `None` never stops early.
+            Stop after so many generations that found nothing better; never if `None`.
         seed (`int`, *optional*, defaults to 0):
             Of everything random; the same one gives the same result.
         router_type (`str`, *optional*, defaults to `"static"`):
             Router to try schedules with, see [`TokenRouterConfig`].
         fitness (`str` or `Callable`, *optional*, defaults to `"kl"`):
             What to minimise on the tokens after the prompts: `"kl"`, divergence from the dense model, or
-            `"cross_entropy"`. A function gets the model and the [`TokenRouterConfig`] to call it with, and returns a
-            number: minus the accuracy in a task, say.
+            `"cross_entropy"`; or a function of the model and the [`TokenRouterConfig`] to call it with.
         batch_size (`int`, *optional*, defaults to 8):
             Windows at a time.
         checkpoint (`str` or `Path`, *optional*):
@@ -206,7 +204,7 @@ def search_sparsity_schedule(
     Raises:
         RuntimeError: If the model has no token router.
         TypeError: If an argument has the wrong type, or `fitness` returns no number.
-        ValueError: If an argument has an impossible value, or `checkpoint` was written with other ones.
+        ValueError: If an argument is impossible, or `checkpoint` was written with other ones.
 
     Example:
 
@@ -216,9 +214,8 @@ def search_sparsity_schedule(
     >>> from hf_effml import TokenRouterConfig, TokenRouterModel, search_sparsity_schedule
 
     >>> shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, vocab_size=50)
-    >>> base = LlamaForCausalLM(LlamaConfig(**shape))
+    >>> base, windows = LlamaForCausalLM(LlamaConfig(**shape)), torch.arange(120).view(4, 30) % 50
     >>> model = TokenRouterModel(base, TokenRouterConfig(target_sparsity=0.3, min_tokens=0))
-    >>> windows = torch.randint(50, (4, 30), generator=torch.Generator().manual_seed(0))
     >>> result = search_sparsity_schedule(model, windows, 20, population=6, generations=2)
     >>> result.fitness <= result.history[0], model.config.sparsity_schedule == result.schedule
     (True, True)

@@ -239,46 +239,6 @@ def one_line(run: Mapping[str, Any]) -> str:
     )
 
 
-def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows as a Markdown table.
-
-    Args:
-        rows (`Sequence[Mapping[str, Any]]`):
-            One mapping per line; its keys, in the order in which they first appear, are the columns.
-
-    Returns:
-        `str`: The table, without a line break at the end.
-    """
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    head = [column.replace("_", " ") for column in columns]
-    cells = [head, ["---"] * len(columns), *([_cell(row.get(column)) for column in columns] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
-
-
-def write_report(folder: str | Path, name: str, results: Mapping[str, Any], tables: Sequence[str]) -> Path:
-    """Write a benchmark's results as `<name>.json` and its tables as `<name>.md`.
-
-    Args:
-        folder (`str` or `Path`):
-            Where to; made if it is not there.
-        name (`str`):
-            Of the files.
-        results (`Mapping[str, Any]`):
-            JSON-plain.
-        tables (`Sequence[str]`):
-            Markdown.
-
-    Returns:
-        `Path`: The Markdown file.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    path = folder / f"{name}.md"
-    path.write_text("\n\n".join(tables) + "\n", encoding="utf-8")
-    return path
-
-
 @contextmanager
 def _torch_threads(threads: int) -> Iterator[None]:
     before = torch.get_num_threads()
@@ -323,10 +283,6 @@ def _tensors(output: Any) -> Iterator[Tensor]:
             yield from _tensors(item)
 
 
-def _cell(value: Any) -> str:
-    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
 def _version(distribution: str) -> str | None:
     try:
         return version(distribution)
@@ -359,8 +315,6 @@ __all__ = [
     "check_agreement",
     "compare",
     "describe_run",
-    "markdown_table",
     "one_line",
     "peak_memory",
-    "write_report",
 ]

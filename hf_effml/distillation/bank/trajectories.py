@@ -287,30 +287,14 @@ class TrajectoryBank:
         """
         check_range(self.epochs, max_start_epoch, expert_epochs, min_start_epoch)
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        private: bool | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        commit_message: str | None = None,
-        token: str | bool | None = None,
-    ) -> CommitInfo:
-        """Uploads the bank with its card to a data set repository, by [`~hf_effml.hub.push_folder`].
+    def push_to_hub(self, repo_id: str, **options: Any) -> CommitInfo:
+        """Uploads the bank with its card to a data set repository.
 
         Args:
             repo_id (`str`):
                 Where it goes: `namespace/name`. The repository is created when it does not exist.
-            private (`bool`, *optional*):
-                Whether a new repository is private. Defaults to the namespace's own default.
-            revision (`str`, *optional*):
-                Branch to commit to; it is created when it does not exist. Defaults to `main`.
-            create_pr (`bool`, *optional*, defaults to `False`):
-                Whether to open a pull request instead of committing.
-            commit_message (`str`, *optional*):
-                First line of the commit.
-            token (`str` or `bool`, *optional*):
-                Access token. Defaults to `HF_TOKEN` or the one stored by `hf auth login`.
+            options (`dict`, *optional*):
+                As for [`~hf_effml.hub.push_folder`]: `private`, `revision`, `create_pr`, `commit_message`, `token`.
 
         Returns:
             `huggingface_hub.CommitInfo`: the commit.
@@ -320,15 +304,7 @@ class TrajectoryBank:
         """
         from .card import push_bank
 
-        return push_bank(
-            self,
-            repo_id,
-            private=private,
-            revision=revision,
-            create_pr=create_pr,
-            commit_message=commit_message,
-            token=token,
-        )
+        return push_bank(self, repo_id, **options)
 
     def check_expert(self, expert: int) -> None:
         """Checks that an expert's file is there, fetching it if need be, and holds what the bank says.
