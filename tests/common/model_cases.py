@@ -169,6 +169,7 @@ def full_case(family: str) -> Case:
         undecided={"token_router": {"router_type": "static"}, "initializer_range": 0.1},
         learning_rate=0.05,
         dropout={"attention_dropout": 0.2},
+        wide={"num_hidden_layers": 2},
         without=OF_TEXTS,
     )
 
