@@ -44,8 +44,10 @@ _FIRST_STEPS = 100
 
 
 class TrajectoryMatchingTrainer(EffMLTrainer):
-    """[`~transformers.Trainer`] that trains a synthetic data set: DATM (https://huggingface.co/papers/2310.05773), or
-    MTT (https://huggingface.co/papers/2203.11932) with `initial_max_start_epoch` unset.
+    """[`~transformers.Trainer`] that trains a synthetic data set by trajectory matching.
+
+    DATM (https://huggingface.co/papers/2310.05773), or MTT (https://huggingface.co/papers/2203.11932) with
+    `initial_max_start_epoch` unset.
 
     The gradient goes through every step that the student takes, exactly, at the memory of a single one. A step whose
     segments all exceed `loss_threshold` changes nothing, momenta included. With several segments in a step, over

@@ -8,8 +8,10 @@ from transformers import PreTrainedConfig
 
 @strict
 class ConvNetConfig(PreTrainedConfig):
-    r"""Configuration of [`ConvNetForImageClassification`]. The defaults give the "ConvNetD3" of trajectory matching
-    (https://huggingface.co/papers/2203.11932); images of 64 and 128 pixels go with `depth` 4 and 5.
+    r"""Configuration of [`ConvNetForImageClassification`].
+
+    The defaults give the "ConvNetD3" of trajectory matching (https://huggingface.co/papers/2203.11932); images of 64
+    and 128 pixels go with `depth` 4 and 5.
 
     Args:
         num_channels (`int`, *optional*, defaults to 3):

@@ -22,8 +22,7 @@ def convert_convnet_checkpoint(
     image_size: int | tuple[int, int] | None = None,
     **fields: Any,
 ) -> ConvNetForImageClassification:
-    """Makes a model of an official ConvNet; its depth, width, channels, classes and most of the rest show in the
-    weights.
+    """Makes a model of an official ConvNet, whose depth, width, channels, classes and most else show in its weights.
 
     Args:
         source (`str`, `Path` or `Mapping[str, Tensor]`):

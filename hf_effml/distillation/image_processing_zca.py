@@ -36,8 +36,9 @@ class ZCAImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
 
 
 class ZCAImageProcessor(BaseImageProcessor):
-    r"""Makes pixels in [0, 1] of images and whitens them: `(x - mean) U (S + epsilon)^(-1/2) U^T`, where `U S U^T` is
-    the covariance of the training images, as in the experiments of trajectory matching
+    r"""Makes pixels in [0, 1] of images and whitens them: `(x - mean) U (S + epsilon)^(-1/2) U^T`.
+
+    `U S U^T` is the covariance of the training images, as in the experiments of trajectory matching
     (https://huggingface.co/papers/2203.11932). With `do_whiten=False` it subtracts a mean and divides by a standard
     deviation per channel instead.
 

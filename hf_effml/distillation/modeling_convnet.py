@@ -45,8 +45,10 @@ def _block(config: ConvNetConfig, index: int) -> list[nn.Module]:
 
 
 class ConvNetForImageClassification(PreTrainedModel):
-    r"""`depth` blocks of convolution, normalisation, activation and pooling, then one linear layer on the flattened
-    map: the ConvNet of trajectory matching (https://huggingface.co/papers/2203.11932), for any image size.
+    r"""The ConvNet of trajectory matching (https://huggingface.co/papers/2203.11932), for any image size.
+
+    It is `depth` blocks of convolution, normalisation, activation and pooling, then one linear layer on the flattened
+    map.
 
     Parameters carry the official names, `features.0.weight` to `classifier.bias`.
 

@@ -33,8 +33,9 @@ class TrajectoryMatchingOutput(ModelOutput):
 
 
 class DistilledDatasetModel(PreTrainedModel):
-    r"""A synthetic data set, trained by trajectory matching (https://huggingface.co/papers/2203.11932): a student that
-    trains on it is to go where experts went that trained on the real images.
+    r"""A synthetic data set, trained by trajectory matching (https://huggingface.co/papers/2203.11932).
+
+    A student that trains on it is to go where experts went that trained on the real images.
 
     `images` has the shape `(images, channels, height, width)`, in the space of the image processor that the experts
     saw; `labels` the shape `(images, classes)`, as logits; `lr` is the step size. Images are sorted by class.

@@ -1,5 +1,7 @@
-"""PAD (https://huggingface.co/papers/2408.03360): experts see easy images first and lose the easiest at the end, and
-matching leaves out shallow layers. Here are the schedule of images and where a cut through the parameters falls."""
+"""PAD (https://huggingface.co/papers/2408.03360): its schedule of images, and the cut through the parameters.
+
+Experts see easy images first and lose the easiest at the end, and matching leaves out shallow layers.
+"""
 
 import math
 from collections.abc import Mapping, Sequence

@@ -118,8 +118,9 @@ class RealImages:
 
 @dataclass(frozen=True, eq=False)
 class RealImageData:
-    """A data set, split for distillation: networks are trained on `train`, anything is chosen on `validation`, and
-    `test` is looked at once.
+    """A data set, split for distillation.
+
+    Networks are trained on `train`, anything is chosen on `validation`, and `test` is looked at once.
 
     Args:
         name (`str`):

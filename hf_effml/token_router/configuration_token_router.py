@@ -14,9 +14,10 @@ _TOLERANCE = 1e-3
 
 @strict
 class TokenRouterConfig(PreTrainedConfig):
-    r"""Configuration of token routing, "FTP: A Fine-grained Token-wise Pruner for Large Language Models via Token
-    Routing" (https://huggingface.co/papers/2412.11494): which tokens skip which decoder blocks of a frozen language
-    model.
+    r"""Configuration of token routing: which tokens skip which decoder blocks of a frozen language model.
+
+    "FTP: A Fine-grained Token-wise Pruner for Large Language Models via Token Routing"
+    (https://huggingface.co/papers/2412.11494).
 
     Args:
         router_type (`str`, *optional*, defaults to `"one_pass"`):

@@ -30,8 +30,9 @@ class _GridRun(DyVMRun):
 
 
 class DyVMBackbone(DyVMEncoder, VimBackbone):
-    r"""Dynamic Vision Mamba as a backbone for dense tasks (https://huggingface.co/papers/2504.04787): the residual
-    stream after chosen blocks as feature maps, class token left out.
+    r"""Dynamic Vision Mamba as a backbone for dense tasks (https://huggingface.co/papers/2504.04787).
+
+    Its feature maps are the residual stream after chosen blocks, class token left out.
 
     A token that was dropped keeps its last value in all later maps. Tokens go back to the grid only where a map is
     taken.

@@ -12,8 +12,9 @@ from .vim_run import VimRun
 
 
 class VimBackbone(BackboneMixin, VimEncoder):
-    r"""Vision Mamba as a backbone for dense tasks: the residual stream after chosen blocks as feature maps, class
-    token left out.
+    r"""Vision Mamba as a backbone for dense tasks.
+
+    Its feature maps are the residual stream after chosen blocks, class token left out.
 
     Works in `UperNetForSemanticSegmentation` and everything else that takes a `backbone_config`.
 

@@ -11,8 +11,9 @@ from .configuration_vim import VimConfig
 
 @strict
 class DyVMConfig(VimConfig):
-    r"""Configuration of [`DyVMModel`], [`DyVMForImageClassification`] and [`DyVMBackbone`], the models of "Dynamic
-    Vision Mamba" (https://huggingface.co/papers/2504.04787).
+    r"""Configuration of [`DyVMModel`], [`DyVMForImageClassification`] and [`DyVMBackbone`].
+
+    They are the models of "Dynamic Vision Mamba" (https://huggingface.co/papers/2504.04787).
 
     Args:
         pruning_layers (`list[int]`, *optional*):

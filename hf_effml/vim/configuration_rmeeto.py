@@ -9,8 +9,10 @@ from .configuration_vim import VimConfig
 
 @strict
 class RMeeToVimConfig(VimConfig):
-    r"""Configuration of [`RMeeToVimModel`] and [`RMeeToVimForImageClassification`], the models of "Faster Vision Mamba
-    is Rebuilt in Minutes via Merged Token Re-training" (https://huggingface.co/papers/2412.12496).
+    r"""Configuration of [`RMeeToVimModel`] and [`RMeeToVimForImageClassification`].
+
+    They are the models of "Faster Vision Mamba is Rebuilt in Minutes via Merged Token Re-training"
+    (https://huggingface.co/papers/2412.12496).
 
     Block `i` merges its input if `i > 0` and `(i + merge_offset) % merge_interval == 0`. Token merging adds no
     parameter: weights of a plain Vim load as they are.

@@ -10,8 +10,10 @@ from transformers.backbone_utils import BackboneConfigMixin
 
 @strict
 class VimConfig(BackboneConfigMixin, PreTrainedConfig):
-    r"""Configuration of [`VimModel`] and its heads. The defaults give Vim-tiny of "Vision Mamba"
-    (https://huggingface.co/papers/2401.09417); `hidden_size` 384 and 768 give small and base.
+    r"""Configuration of [`VimModel`] and its heads.
+
+    The defaults give Vim-tiny of "Vision Mamba" (https://huggingface.co/papers/2401.09417); `hidden_size` 384 and 768
+    give small and base.
 
     Args:
         image_size (`int` or `list[int]`, *optional*, defaults to 224):

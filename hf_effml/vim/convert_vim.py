@@ -30,8 +30,9 @@ _DYVM_RATIOS = {192: (0.9, 0.8), 384: (0.7, 0.8), 768: (0.7, 0.7)}
 
 
 def vim_image_processor(image_size: int = 224, crop_share: float = 0.875) -> "BitImageProcessor":
-    """The evaluation transform of the official models: shorter side to `image_size / crop_share`, bicubic, centre
-    crop, ImageNet statistics.
+    """The evaluation transform of the official models.
+
+    Shorter side to `image_size / crop_share`, bicubic, centre crop, ImageNet statistics.
 
     Args:
         image_size (`int`, *optional*, defaults to 224):

@@ -117,8 +117,7 @@ class DyVMPreTrainedModel(VimPreTrainedModel):
 
     @classmethod
     def from_vim(cls, model: VimPreTrainedModel | str | PathLike, **dyvm_fields: Any) -> Self:
-        """Make a DyVM from a trained Vim of the same kind; the weights are copied, the rest is fresh and needs
-        training.
+        """Make a DyVM from a trained Vim of the same kind; weights are copied, the rest is fresh and needs training.
 
         Args:
             model ([`VimModel`], [`VimForImageClassification`], `str` or `PathLike`):

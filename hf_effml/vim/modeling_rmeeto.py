@@ -265,8 +265,7 @@ class RMeeToVimModel(_MergingVim, VimModel):
 
 
 class RMeeToVimForImageClassification(_MergingVim, VimForImageClassification):
-    r"""Vision Mamba that merges tokens between its blocks, with a classifier
-    (https://huggingface.co/papers/2412.12496).
+    r"""Vision Mamba that merges tokens (https://huggingface.co/papers/2412.12496), with a classifier.
 
     Its weights are those of a plain [`VimForImageClassification`], whose folder it loads.
 

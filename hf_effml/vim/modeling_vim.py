@@ -119,8 +119,9 @@ class VimPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """As the official constructors do. Every module fills only its own parameters: transformers skips one that has
-        none, or whose own were all loaded, even where its children miss theirs.
+        """As the official constructors do. Every module fills only its own parameters.
+
+        transformers skips one that has none, or whose own were all loaded, even where its children miss theirs.
         """
         super()._init_weights(module)
         config = self.config

@@ -110,8 +110,7 @@ def selective_scan(*streams: ScanStream) -> tuple[Tensor, ...]:
 
 
 def selective_scan_reference(stream: ScanStream) -> Tensor:
-    """The same scan as one step after the other, in differentiable torch calls: the twin the fast paths are tested
-    against.
+    """The same scan as one step after the other in differentiable torch calls, the twin of the fast paths in tests.
 
     Args:
         stream (`ScanStream`):

@@ -24,8 +24,9 @@ _TIE_GRID = 8.0
 
 @dataclass(frozen=True, eq=False)
 class TokenPlan:
-    """Which tokens stay, which leave and where those go. Made by [`bipartite_plan`], [`local_plan`] or
-    [`random_plan`].
+    """Which tokens stay, which leave and where those go.
+
+    Made by [`bipartite_plan`], [`local_plan`] or [`random_plan`].
 
     Args:
         keep (`Tensor` of shape `(batch, tokens - r)`):
@@ -161,8 +162,10 @@ def bipartite_plan(
     prune: bool = False,
     first_source: int = 0,
 ) -> TokenPlan:
-    """Match tokens in two alternating halves and let the `r` most similar pairs merge (ToMe's matching,
-    https://huggingface.co/papers/2210.09461, as R-MeeTo uses it, https://huggingface.co/papers/2412.12496).
+    """Match tokens in two alternating halves and let the `r` most similar pairs merge.
+
+    This is the matching of ToMe (https://huggingface.co/papers/2210.09461) as R-MeeTo uses it
+    (https://huggingface.co/papers/2412.12496).
 
     The unprotected tokens, in sequence order, are sources and destinations in turn. Every source picks its most
     similar destination; the `r` sources with the best match leave. Ties go to the lower position. No gradient flows.
@@ -240,8 +243,9 @@ def local_plan(
     class_position: ClassPosition = "proportional",
     prune: bool = False,
 ) -> TokenPlan:
-    """As [`bipartite_plan`], but a source may only join one of its two neighbours in the sequence: cost grows with the
-    number of tokens instead of its square.
+    """As [`bipartite_plan`], but a source may only join one of its two neighbours in the sequence.
+
+    Cost grows with the number of tokens instead of its square.
 
     Args:
         metric (`Tensor` of shape `(batch, tokens, features)`):

@@ -71,8 +71,10 @@ class VimProjection(nn.Linear):
 
 
 class VimTimeStepProjection(VimProjection):
-    """Step sizes from their low rank, without the bias, which the scan adds in float32; a module, so that adapters can
-    wrap it. With `init_steps` it starts with step sizes between `time_step_min` and `time_step_max`.
+    """Step sizes from their low rank, without the bias, which the scan adds in float32.
+
+    It is a module, so that adapters can wrap it. With `init_steps` it starts with step sizes between `time_step_min`
+    and `time_step_max`.
     """
 
     def __init__(self, rank: int, channels: int, init_steps: bool):
@@ -85,8 +87,9 @@ class VimTimeStepProjection(VimProjection):
 
 
 class VimMixer(nn.Module):
-    """The bidirectional Mamba mixer (Algorithm 1 of the paper): shared projections, and a convolution, selection and
-    scan per direction.
+    """The bidirectional Mamba mixer (Algorithm 1 of the paper).
+
+    Its projections are shared; convolution, selection and scan are there per direction.
 
     Parameters carry the official names; those of the backward direction end in `_b`.
     """
