@@ -12,7 +12,7 @@ from .token_selection import patch_rows
 
 
 def logit_divergence(logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """How far classes are from a teacher's, in R-MeeTo and DyVM alike: the Kullback-Leibler divergence of a mean image.
+    """How far classes are from a teacher's, of R-MeeTo and DyVM alike: the Kullback-Leibler divergence per image.
 
     Args:
         logits (`Tensor` of shape `(batch, num_labels)`):
