@@ -59,3 +59,17 @@ def test_only_packages_hand_names_on(path):
 
 def _is_all(node: ast.stmt) -> bool:
     return isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == "__all__" for t in node.targets)
+
+
+PROGRAMS = sorted(path for path in (ROOT / "scripts").glob("*.py") if path.name != "__init__.py")
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.name)
+def test_no_program_imports_another(path):
+    """What several share is library."""
+    for node in ast.walk(_tree(path)):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+        module = (getattr(node, "module", None) or "") if names else ""
+        assert not module.startswith("hf_effml.scripts.") and getattr(node, "level", 0) == 0, module
+        assert not any(name.startswith("hf_effml.scripts.") for name in names), names
+        assert module != "hf_effml.scripts" or names == ["recipes"], names
