@@ -6,14 +6,18 @@ Example: `hf-effml demo --out effml-demo`
 import sys
 import time
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import hf_effml
 from hf_effml.cli.parsing import parse_arguments, run_script
+from hf_effml.cli.small_runs import SMALL_RUN, train_with_bar
 
 
 if TYPE_CHECKING:
-    from hf_effml import DyVMTrainer, ImageData, RMeeToTrainer, VimForImageClassification
+    from hf_effml import ImageData, VimForImageClassification
+    from hf_effml.trainers.vision import VisionTrainer
     from hf_effml.utils.report import Report
 
 
@@ -35,8 +39,6 @@ class DemoArguments:
 
     def settings(self, folder: str, epochs: int, learning_rate: float) -> dict[str, Any]:
         """Arguments of one training."""
-        from hf_effml.cli.small_runs import SMALL_RUN
-
         own = {"num_train_epochs": epochs, "learning_rate": learning_rate, "seed": self.seed}
         quiet = {"logging_strategy": "no", "disable_tqdm": True}
         return SMALL_RUN | quiet | own | {"output_dir": str(Path(self.out, folder))}
@@ -58,7 +60,6 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
     import torch
     from transformers.utils import logging
 
-    from hf_effml import RMeeToVimForImageClassification, evaluate_vim
     from hf_effml.cli.demo_distillation import distil_digits
     from hf_effml.utils.benchmark import describe_run
     from hf_effml.utils.files import write_json
@@ -69,13 +70,12 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
     out.mkdir(parents=True, exist_ok=True)
     start = _train_start(args)
     models = {START: start.model}
-    for r in AMOUNTS:
-        merging = {"merge_r": r, "merge_class_position": "exact"}
-        models[f"r={r} merged"] = RMeeToVimForImageClassification.from_vim(start.model, **merging)
-    trainers = {f"r={RETRAINED} {MERGED}": _retrain_merged(args, start), DYNAMIC: _tune_dynamic(args, start)}
+    merged = partial(hf_effml.RMeeToVimForImageClassification.from_vim, start.model, merge_class_position="exact")
+    models |= {f"r={r} merged": merged(merge_r=r) for r in AMOUNTS}
+    trainers = _make_faster(args, start)
     models |= {name: trainer.model for name, trainer in trainers.items()}
     models = {name: model.eval() for name, model in models.items()}
-    report = evaluate_vim(models, start.data.test, rounds=ROUNDS, where=MACHINE, name="results")
+    report = hf_effml.evaluate_vim(models, start.data.test, rounds=ROUNDS, where=MACHINE, name="results")
     report.columns = {name: replace(c, change=CHANGES.get(name, "")) for name, c in report.columns.items()}
     for name, trainer in trainers.items():
         trainer.save_model()
@@ -100,58 +100,39 @@ def _train_start(args: DemoArguments) -> Start:
     """A small Vim, trained on scikit-learn's digits."""
     from transformers import set_seed
 
-    from hf_effml import (
-        Augmentation,
-        VimConfig,
-        VimForImageClassification,
-        VimTrainer,
-        VimTrainingArguments,
-        load_image_data,
-        vim_image_processor,
-    )
-    from hf_effml.cli.small_runs import train_with_bar
-
     set_seed(args.seed)
-    processor = vim_image_processor(16, crop_share=1.0)
-    data = load_image_data("digits", processor, Augmentation(max_shift=1), seed=args.seed)
+    processor = hf_effml.vim_image_processor(16, crop_share=1.0)
+    data = hf_effml.load_image_data("digits", processor, hf_effml.Augmentation(max_shift=1), seed=args.seed)
     sizes = {"image_size": 16, "patch_size": 2, "hidden_size": 32, "num_hidden_layers": 6, "state_size": 8}
-    model = VimForImageClassification(VimConfig(**sizes, symmetric_dt_init=True, **data.label_fields))
-    settings = VimTrainingArguments(**args.settings("", args.epochs, 3e-3))
-    trainer = VimTrainer(model, settings, train_dataset=data.train, processing_class=processor)
+    model = hf_effml.VimForImageClassification(
+        hf_effml.VimConfig(**sizes, symmetric_dt_init=True, **data.label_fields)
+    )
+    settings = hf_effml.VimTrainingArguments(**args.settings("", args.epochs, 3e-3))
+    trainer = hf_effml.VimTrainer(model, settings, train_dataset=data.train, processing_class=processor)
     train_with_bar(trainer, "training a Vim")
     return Start(trainer.model, data, processor)
 
 
-def _retrain_merged(args: DemoArguments, start: Start) -> "RMeeToTrainer":
-    """R-MeeTo: the most that is merged here, re-trained."""
-    from hf_effml import RMeeToTrainer, RMeeToTrainingArguments, RMeeToVimForImageClassification
-    from hf_effml.cli.small_runs import train_with_bar
-
-    merging = {"merge_r": RETRAINED, "merge_class_position": "exact"}
-    model = RMeeToVimForImageClassification.from_vim(start.model, **merging)
-    settings = RMeeToTrainingArguments(**args.settings("rmeeto-digits", args.retrain_epochs, 2e-3))
-    trainer = RMeeToTrainer(model, settings, train_dataset=start.data.train, processing_class=start.processor)
-    train_with_bar(trainer, f"re-training, r={RETRAINED}")
-    return trainer
-
-
-def _tune_dynamic(args: DemoArguments, start: Start) -> "DyVMTrainer":
-    """DyVM: learns to drop half of the tokens and to skip a fifth of the scans."""
-    from hf_effml import DyVMForImageClassification, DyVMTrainer, DyVMTrainingArguments
-    from hf_effml.cli.small_runs import train_with_bar
-
-    dropping = {"pruning_layers": [2, 4], "token_keep_ratio": 0.7, "block_keep_ratio": 0.8}
+def _make_faster(args: DemoArguments, start: Start) -> "dict[str, VisionTrainer]":
+    """The most that R-MeeTo merges here, re-trained; and a DyVM that drops half of its tokens."""
+    data = {"train_dataset": start.data.train, "processing_class": start.processor}
+    merged = hf_effml.RMeeToVimForImageClassification.from_vim(
+        start.model, merge_r=RETRAINED, merge_class_position="exact"
+    )
+    settings = args.settings("rmeeto-digits", args.retrain_epochs, 2e-3)
+    retraining = hf_effml.RMeeToTrainer(merged, hf_effml.RMeeToTrainingArguments(**settings), **data)
+    train_with_bar(retraining, f"re-training, r={RETRAINED}")
+    shares = {"pruning_layers": [2, 4], "token_keep_ratio": 0.7, "block_keep_ratio": 0.8}
     # Predictors and gates start from nothing, so they get a little longer.
-    settings = DyVMTrainingArguments(**args.settings("dyvm-digits", args.retrain_epochs + 1, 4e-3))
-    model = DyVMForImageClassification.from_vim(start.model, **dropping)
-    trainer = DyVMTrainer(model, settings, train_dataset=start.data.train, processing_class=start.processor)
-    train_with_bar(trainer, "fine-tuning, DyVM")
-    return trainer
+    settings = args.settings("dyvm-digits", args.retrain_epochs + 1, 4e-3)
+    dynamic = hf_effml.DyVMForImageClassification.from_vim(start.model, **shares)
+    tuning = hf_effml.DyVMTrainer(dynamic, hf_effml.DyVMTrainingArguments(**settings), **data)
+    train_with_bar(tuning, "fine-tuning, DyVM")
+    return {f"r={RETRAINED} {MERGED}": retraining, DYNAMIC: tuning}
 
 
 def _draw(out: Path, report: "Report", models: "dict[str, VimForImageClassification]", start: Start) -> None:
     """The trade-off of merging, and what is merged and dropped of some images."""
-    from hf_effml import draw_dropped_patches, draw_merged_patches
     from hf_effml.utils.plotting import plot_trade_off
 
     rows, merged = report.rows, f"r={RETRAINED} {MERGED}"
@@ -165,8 +146,8 @@ def _draw(out: Path, report: "Report", models: "dict[str, VimForImageClassificat
     )
     labels = [row["label"] for row in start.data.test.rows]
     digits = [labels.index(digit) for digit in range(9)]
-    draw_merged_patches(models[merged], start.data, start.processor, out / "merged_tokens.png", digits)
-    draw_dropped_patches(models[DYNAMIC], start.data, start.processor, out / "dropped_tokens.png")
+    hf_effml.draw_patches(models[merged], start.data, start.processor, out / "merged_tokens.png", digits)
+    hf_effml.draw_patches(models[DYNAMIC], start.data, start.processor, out / "dropped_tokens.png")
 
 
 if __name__ == "__main__":

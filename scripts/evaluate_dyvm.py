@@ -40,7 +40,7 @@ class EvaluateArguments:
 def main(argv: list[str] | None = None) -> dict[str, object]:
     """Runs the program with the arguments `argv` (the command line's when None) and returns its results."""
     (args,) = parse_arguments(EvaluateArguments, argv=argv, program=__file__, description=__doc__)
-    from hf_effml import draw_dropped_patches, evaluate_vim, load_image_data, load_image_processor
+    from hf_effml import draw_patches, evaluate_vim, load_image_data, load_image_processor
     from hf_effml.hub import add_results
 
     processor = load_image_processor(args.model)
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
     report.facts = {"model": args.model, "data": data.name} | report.facts
     print(f"\n{report.as_text()}")
     if args.picture:
-        draw_dropped_patches(models[SAVED], data, processor, args.picture)
+        draw_patches(models[SAVED], data, processor, args.picture)
         print(f"Drew {args.picture}")
     if args.add_to_card:
         results = report.card_results(SAVED, beside=next(iter(report.rows)))

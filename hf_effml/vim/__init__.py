@@ -10,7 +10,7 @@ from .configuration_vim import VimConfig
 from .convert_vim import convert_vim_checkpoint, vim_image_processor
 from .evaluation.complexity import count_multiply_adds
 from .evaluation.measure import evaluate_vim
-from .evaluation.pictures import draw_dropped_patches, draw_merged_patches
+from .evaluation.pictures import draw_patches
 from .evaluation.visualize import visualize_merge, visualize_selection
 from .losses import logit_divergence
 from .modeling_dyvm import DyVMForImageClassification, DyVMModel
@@ -63,8 +63,7 @@ __all__ = [
     "compose",
     "convert_vim_checkpoint",
     "count_multiply_adds",
-    "draw_dropped_patches",
-    "draw_merged_patches",
+    "draw_patches",
     "evaluate_vim",
     "local_plan",
     "logit_divergence",

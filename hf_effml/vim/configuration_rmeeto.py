@@ -53,7 +53,7 @@ class RMeeToVimConfig(VimConfig):
             The fields of [`VimConfig`].
 
     Raises:
-        StrictDataclassError: If a field has the wrong type or an impossible value; the message names both.
+        StrictDataclassError: If a field has the wrong type or a value that no schedule fits; the message names both.
 
     Example:
 

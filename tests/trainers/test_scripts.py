@@ -1,6 +1,7 @@
 """The programs around Vim, R-MeeTo and DyVM: train, re-train, evaluate, experiment, demo."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForImageClassification
 
 from helpers import require_package, run_python
+from hf_effml import VimTrainingArguments
+from hf_effml.cli.start_model import trainer_options
 from hf_effml.scripts import (
     demo,
     evaluate_dyvm,
@@ -161,6 +164,18 @@ def test_start_is_trained_once(tmp_path, monkeypatch):
     for _ in range(2):
         train_rmeeto.main(["--recipe", "smoke", "--output_dir", str(folder), *SMALL])
     assert calls == [["--recipe", "smoke", "--output_dir", str(folder / "start")]]
+
+
+def test_mixing_smooths_in_place_of_the_loss(tmp_path):
+    """The arguments that were parsed stay as they are."""
+    data = SimpleNamespace(labels=["a", "b"], train=[], test=[])
+    args = VimTrainingArguments(str(tmp_path), label_smoothing_factor=0.1, report_to="none")
+    mixing = SimpleNamespace(collator=lambda labels, smoothing: (labels, smoothing))
+    options = trainer_options(mixing, args, data, None)
+    assert options["data_collator"] == (2, 0.1)
+    assert (options["args"].label_smoothing_factor, args.label_smoothing_factor) == (0.0, 0.1)
+    plain = trainer_options(SimpleNamespace(collator=lambda *_: None), args, data, None)
+    assert plain["args"].label_smoothing_factor == 0.1
 
 
 def test_wrong_use_is_explained(start, tmp_path):

@@ -1,6 +1,7 @@
 """What trainers of image models share: accuracy, mixing, epochs, the moving average, checkpoints that were cut off."""
 
 import copy
+import dataclasses
 
 import numpy as np
 import pytest
@@ -42,6 +43,15 @@ def test_training_learns_and_evaluates(tmp_path):
     trainer = make_trainer(tmp_path, train_dataset=data, max_steps=60)
     trainer.train()
     assert trainer.evaluate(data)["eval_accuracy"] == 1.0
+
+
+def test_end_of_the_cosine_follows_changed_arguments(tmp_path):
+    """It is derived for a trainer, and the arguments that were given stay as they are."""
+    args = VimTrainingArguments(str(tmp_path), min_learning_rate=1e-4, report_to="none", use_cpu=True)
+    for changed, end in ((args, 1e-4), (dataclasses.replace(args, min_learning_rate=1e-7), 1e-7)):
+        model = VimForImageClassification(tiny_vim_config(num_labels=4))
+        trainer = VimTrainer(model, changed, train_dataset=images(8))
+        assert trainer.args.lr_scheduler_kwargs == {"min_lr": end} and changed.lr_scheduler_kwargs is None
 
 
 def test_average_is_the_recursion(tmp_path):

@@ -1,6 +1,6 @@
 """Sheets of test images with what a model merged or dropped of them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,17 @@ from hf_effml.vim.modeling_vim import VimForImageClassification
 from .visualize import visualize_merge, visualize_selection
 
 
-def draw_dropped_patches(
-    model: DyVMForImageClassification,
+def draw_patches(
+    model: VimForImageClassification,
     data: ImageData,
     processor: Any,
     path: str | Path,
     indices: Sequence[int] = range(6),
 ) -> None:
-    """Draws which patches of test images a DyVM drops, and where.
+    """Draws which patches of test images a Vim merges, or a DyVM drops and where.
 
     Args:
-        model ([`DyVMForImageClassification`]):
+        model ([`VimForImageClassification`]):
             The model, in evaluation mode.
         data ([`~hf_effml.ImageData`]):
             The data; its test images are drawn.
@@ -37,55 +37,26 @@ def draw_dropped_patches(
         indices (`Sequence[int]`, *optional*, defaults to `range(6)`):
             Which of them.
     """
-    pixels, titles, output = _classified(model, data, indices)
-    left = model.config.tokens_kept_at_default_size[-1]
-    plot_images(
-        [visualize_selection(_picture(image, processor), output, index) for index, image in enumerate(pixels)],
-        titles,
-        path,
-        columns=3,
-        title=f"{model.config.num_patches} patches and the {left} that DyVM keeps to the end",
-    )
-
-
-def draw_merged_patches(
-    model: VimForImageClassification,
-    data: ImageData,
-    processor: Any,
-    path: str | Path,
-    indices: Sequence[int] = range(6),
-) -> None:
-    """Draws which patches of test images a Vim with merging merges.
-
-    Args:
-        model ([`VimForImageClassification`]):
-            The model, in evaluation mode.
-        data, processor, path, indices:
-            See [`draw_dropped_patches`].
-    """
-    pixels, titles, output = _classified(model, data, indices, output_merge_info=True)
-    info = output.merge_info
-    left = info.sizes.shape[1] - model.config.num_class_tokens
-    plot_images(
-        [visualize_merge(_picture(image, processor), info, index) for index, image in enumerate(pixels)],
-        titles,
-        path,
-        columns=3,
-        title=f"{model.config.num_patches} patches and the {left} tokens that R-MeeTo leaves of them",
-    )
-
-
-def _classified(
-    model: VimForImageClassification, data: ImageData, indices: Sequence[int], **options: Any
-) -> tuple[Tensor, list[str], Any]:
-    """Pixels of test images, what each is and is taken for, and the model's output."""
     rows = [data.test[index] for index in indices]
-    pixels = torch.stack([row["pixel_values"] for row in rows])
     with torch.inference_mode():
-        output = model(pixels.to(model.device), **options)
-    found = output.logits.argmax(-1).tolist()
-    pairs = zip(rows, found, strict=True)
-    return pixels, [f"{data.labels[row['labels']]}, read as {data.labels[label]}" for row, label in pairs], output
+        output = model(torch.stack([row["pixel_values"] for row in rows]).to(model.device), output_merge_info=True)
+    if isinstance(model, DyVMForImageClassification):
+        draw: Callable[..., Image.Image] = visualize_selection
+        shown = output
+        left = f"{model.config.tokens_kept_at_default_size[-1]} that DyVM keeps to the end"
+    else:
+        draw, shown = visualize_merge, output.merge_info
+        tokens = output.merge_info.sizes.shape[1] - model.config.num_class_tokens
+        left = f"{tokens} tokens that R-MeeTo leaves of them"
+    labels = [data.labels[row["labels"]] for row in rows]
+    found = [data.labels[label] for label in output.logits.argmax(-1).tolist()]
+    plot_images(
+        [draw(_picture(row["pixel_values"], processor), shown, index) for index, row in enumerate(rows)],
+        [f"{label}, read as {name}" for label, name in zip(labels, found, strict=True)],
+        path,
+        columns=3,
+        title=f"{model.config.num_patches} patches and the {left}",
+    )
 
 
 def _picture(pixels: Tensor, processor: Any) -> Image.Image:
@@ -95,4 +66,4 @@ def _picture(pixels: Tensor, processor: Any) -> Image.Image:
     return Image.fromarray(values.permute(1, 2, 0).numpy())
 
 
-__all__ = ["draw_dropped_patches", "draw_merged_patches"]
+__all__ = ["draw_patches"]
