@@ -8,12 +8,12 @@ import torch
 from safetensors.torch import load_file
 
 from helpers import assert_close
+from hf_effml.vim.evaluation.baselines import ordered_merge_reference
 from hf_effml.vim.token_reduction import (
     TokenPlan,
     bipartite_plan,
     compose,
     local_plan,
-    ordered_merge_reference,
     random_plan,
 )
 

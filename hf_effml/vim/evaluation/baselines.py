@@ -15,7 +15,6 @@ from hf_effml.vim.configuration_vim import VimConfig
 from hf_effml.vim.modeling_rmeeto import MergeRun, TokenMerger
 from hf_effml.vim.modeling_vim import VimForImageClassification
 from hf_effml.vim.selective_scan import ScanStream
-from hf_effml.vim.token_reduction import ordered_merge_reference
 
 
 def loop_scan(*streams: ScanStream) -> tuple[Tensor, ...]:
@@ -145,6 +144,63 @@ def deit_tiny(config: VimConfig, device: str) -> tuple[nn.Module, str]:
     return ViTForImageClassification(sizes).eval().to(device), "DeiT-tiny (transformers)"
 
 
+def ordered_merge_reference(
+    metric: Tensor, hidden: Tensor, residual: Tensor, size: Tensor, position: int, r: int
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """One merging step as the official code does it: the baseline of the benchmarks.
+
+    The two halves of the stream and their sizes are merged separately, and each time the class token is taken out, the
+    sources are gathered, reduced with `scatter_reduce`, sorted back into order, and the class token is put back.
+
+    Args:
+        metric (`Tensor` of shape `(batch, tokens, features)`):
+            What similarity is measured on.
+        hidden, residual (`Tensor` of shape `(batch, tokens, channels)`):
+            The mixer's output and the residual stream.
+        size (`Tensor` of shape `(batch, tokens, 1)`):
+            Token sizes.
+        position (`int`):
+            Where the class token is.
+        r (`int`):
+            Tokens to remove.
+
+    Returns:
+        `tuple[Tensor, Tensor, Tensor, int]`: `hidden`, `residual`, `size` and `position` afterwards.
+    """
+    batch, tokens, _ = metric.shape
+    after = position * (tokens - r) // tokens
+
+    def without_class(x: Tensor) -> Tensor:
+        return torch.cat([x[:, :position], x[:, position + 1 :]], dim=1)
+
+    with torch.no_grad():
+        unit = without_class(metric / metric.norm(dim=-1, keepdim=True))
+        score, best = (unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)).max(dim=-1)
+        ranking = score.argsort(dim=-1, descending=True).unsqueeze(-1)
+        leaving, staying = ranking[:, :r], ranking[:, r:]
+        partner = best.unsqueeze(-1).gather(1, leaving)
+
+    def merge(x: Tensor) -> Tensor:
+        class_token, x = x[:, position : position + 1], without_class(x)
+        sources, destinations = x[:, ::2], x[:, 1::2]
+        channels = x.shape[-1]
+        kept = sources.gather(1, staying.expand(-1, -1, channels))
+        moving = sources.gather(1, leaving.expand(-1, -1, channels))
+        destinations = destinations.scatter_reduce(1, partner.expand(-1, -1, channels), moving, reduce="sum")
+        odd = torch.arange(1, tokens - 1, 2, device=x.device).view(1, -1, 1).expand(batch, -1, -1)
+        order = torch.cat([2 * staying, odd], dim=1).argsort(dim=1)
+        x = torch.cat([kept, destinations], dim=1).gather(1, order.expand(-1, -1, channels))
+        return torch.cat([x[:, :after], class_token, x[:, after:]], dim=1)
+
+    def weighted_merge(x: Tensor) -> tuple[Tensor, Tensor]:
+        x, total = merge(x * size), merge(size)
+        return x / total, total
+
+    hidden, total = weighted_merge(hidden)
+    residual, total = weighted_merge(residual)
+    return hidden, residual, total, after
+
+
 class NaiveMerger(TokenMerger):
     """Merges by the schedule of its configuration, the way the official code does it."""
 
@@ -247,6 +303,7 @@ __all__ = [
     "deit_tiny",
     "loop_scan",
     "natural_images",
+    "ordered_merge_reference",
     "scan_replaced_by_loop",
     "selection_task",
     "with_transformers_mixer",

@@ -13,9 +13,9 @@ from hf_effml.utils.report import Report
 from hf_effml.vim.configuration_vim import VimConfig
 from hf_effml.vim.modeling_rmeeto import RMeeToVimForImageClassification
 from hf_effml.vim.modeling_vim import VimForImageClassification
-from hf_effml.vim.token_reduction import bipartite_plan, local_plan, ordered_merge_reference
+from hf_effml.vim.token_reduction import bipartite_plan, local_plan
 
-from .baselines import FreeRemover, NaiveMerger
+from .baselines import FreeRemover, NaiveMerger, ordered_merge_reference
 from .bench_settings import BenchSettings, timing_columns
 from .complexity import count_multiply_adds
 
