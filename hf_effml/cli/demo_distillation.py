@@ -1,12 +1,13 @@
 """The demo's part on dataset distillation: ten images that stand for nine hundred."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import hf_effml
 
 
 if TYPE_CHECKING:
     from hf_effml.utils.report import Report
-
 
 _EXPERTS, _EPOCHS, _STEPS = 4, 8, 100
 
@@ -26,41 +27,12 @@ def distil_digits(out: Path, seed: int) -> "tuple[Report, Path]":
     """
     from transformers import PrinterCallback
 
-    from hf_effml import (
-        ConvNetConfig,
-        DataCurriculum,
-        ExpertTrainer,
-        ExpertTrainingArguments,
-        PADTrainer,
-        PADTrainingArguments,
-        distilled_from_real,
-        easy_to_hard,
-        evaluate_distilled,
-        get_protocol,
-        load_real_images,
-        score_difficulty,
-    )
-
-    data = load_real_images("digits", whiten=False, seed=seed)
-    config = ConvNetConfig(
-        num_channels=1, image_size=8, hidden_size=16, depth=2, id2label=dict(enumerate("0123456789"))
-    )
-    experts = ExpertTrainingArguments(
-        output_dir=str(out / "digits-experts"),
-        num_experts=_EXPERTS,
-        num_train_epochs=_EPOCHS,
-        train_batch_size=32,
-        learning_rate=0.02,
-        eval_epochs=_EPOCHS,
-        seed=seed,
-    )
-    scores = score_difficulty(
-        data.train, config, n_runs=1, epoch=2, seed=seed, learning_rate=0.02, batch_size=32, disable_tqdm=True
-    )
-    curriculum = DataCurriculum(add_end_epoch=2, remove=((4, 0.1), (6, 0.2)))
-    bank = ExpertTrainer(config, experts, data, curriculum, easy_to_hard(scores, data.train.labels)).train()
-    start = distilled_from_real(data, bank, 1, seed=seed)
-    args = PADTrainingArguments(
+    data = hf_effml.load_real_images("digits", whiten=False, seed=seed)
+    labels = dict(enumerate("0123456789"))
+    config = hf_effml.ConvNetConfig(num_channels=1, image_size=8, hidden_size=16, depth=2, id2label=labels)
+    bank = _train_experts(data, config, out, seed)
+    start = hf_effml.distilled_from_real(data, bank, 1, seed=seed)
+    args = hf_effml.PADTrainingArguments(
         output_dir=str(out / "distilled-digits"),
         max_steps=_STEPS,
         syn_steps=10,
@@ -73,15 +45,15 @@ def distil_digits(out: Path, seed: int) -> "tuple[Report, Path]":
         report_to="none",
         disable_tqdm=True,
     )
-    trainer = PADTrainer(start, args, bank=bank)
+    trainer = hf_effml.PADTrainer(start, args, bank=bank)
     trainer.remove_callback(PrinterCallback)
-    initial = distilled_from_real(data, bank, 1, seed=seed)
+    initial = hf_effml.distilled_from_real(data, bank, 1, seed=seed)
     trainer.train()
-    report = evaluate_distilled(
+    report = hf_effml.evaluate_distilled(
         trainer.model,
         config,
         data.test,
-        protocol=get_protocol("tm-short", epochs=150),
+        protocol=hf_effml.get_protocol("tm-short", epochs=150),
         seeds=(0, 1),
         real=data.train,
         bank=bank,
@@ -96,3 +68,25 @@ def distil_digits(out: Path, seed: int) -> "tuple[Report, Path]":
     table = report.as_report()
     table.name, table.title = "distillation", "PAD: a ConvNet trained on ten digits"
     return table, folder
+
+
+def _train_experts(data: Any, config: Any, out: Path, seed: int) -> Any:
+    """A bank of experts that met easy images first."""
+    args = hf_effml.ExpertTrainingArguments(
+        output_dir=str(out / "digits-experts"),
+        num_experts=_EXPERTS,
+        num_train_epochs=_EPOCHS,
+        train_batch_size=32,
+        learning_rate=0.02,
+        eval_epochs=_EPOCHS,
+        seed=seed,
+    )
+    scores = hf_effml.score_difficulty(
+        data.train, config, n_runs=1, epoch=2, seed=seed, learning_rate=0.02, batch_size=32, disable_tqdm=True
+    )
+    curriculum = hf_effml.DataCurriculum(add_end_epoch=2, remove=((4, 0.1), (6, 0.2)))
+    order = hf_effml.easy_to_hard(scores, data.train.labels)
+    return hf_effml.ExpertTrainer(config, args, data, curriculum, order).train()
+
+
+__all__ = ["distil_digits"]

@@ -1,4 +1,4 @@
-"""Plans: known answers, a twin of plain loops, the invariants of the sheet, ties, bad values, gradients, cost."""
+"""Plans: known answers, a twin of plain loops, invariants, ties, bad values, gradients, cost."""
 
 import json
 from pathlib import Path
@@ -42,7 +42,7 @@ def membership(plan):
 
 
 def plan_by_hand(metric, r, protected=None, choose=1, keep_order=True, exact=False, prune=False, first_source=0):
-    """The matching of the sheet, one sample and one token at a time: `keep`, and the slot of every token."""
+    """The matching, one sample and one token at a time: `keep`, and the slot of every token."""
     keeps, all_slots = [], []
     for sample in metric.double():
         tokens = len(sample)
