@@ -110,7 +110,7 @@ def _array(values):
         ("weights.txt", _pickle(4), "`weights.txt` may be a pickle"),
         ("weights.txt", _pickle(0), "`weights.txt` may be a pickle"),
         ("objects.npy", _array(numpy.array([Path("x")], dtype=object)), "`objects.npy` may be a pickle"),
-        ("squeezed.data", gzip.compress(_pickle(4)), "`squeezed.data` may be a pickle"),
+        ("squeezed.data", gzip.compress(_pickle(4), mtime=0), "`squeezed.data` may be a pickle"),
         (".tmpAbc12D", b"x", "`.tmpAbc12D` was left by a process that was killed"),
         (".config.json.a1b2c3d4.unfinished", b"x", "unfinished` was left by a process that was killed"),
         ("wandb/run/output.log", b"x", "`wandb/run/output.log` is a log of an experiment tracker"),
