@@ -119,7 +119,6 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
     trainer.card_facts |= {
         "results": report.card_results("trained router", beside="dense"),
         "evaluated_on": f"{eval_data.name}, prompts of {script.prompt_length} tokens",
-        "datasets": [data.hub_id] if data.hub_id else [],
         "data": {"name": data.name, "hub_id": data.hub_id},
     }
     trainer.create_model_card()

@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     accuracy = trainer.evaluate()["eval_accuracy"]
     trainer.save_model()
-    trainer.card_facts["datasets"] = [data.hub_id] if data.hub_id else []
+    trainer.card_facts["data"] = {"name": data.name, "hub_id": data.hub_id}
     trainer.create_model_card(dataset=data.name)
     print(f"\nAccuracy on {data.name}: {accuracy:.1%}. Wrote {args.output_dir}. To load it:")
     print(f'AutoModelForImageClassification.from_pretrained("{args.output_dir}", trust_remote_code=True)')

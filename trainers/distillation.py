@@ -218,7 +218,7 @@ def distil(
     trainer.card_facts |= {
         "results": [result for report in reports for result in report.card_results()],
         "evaluated_on": f"the test images of {data.name}",
-        "datasets": [data.hub_id] if data.hub_id else [],
+        "data": {"name": data.name, "hub_id": data.hub_id, "splits": {"training": len(data.train)}},
         "license": script.license,
     }
     trainer.create_model_card()

@@ -131,7 +131,7 @@ def finish_training(
         "results": report.card_results([*report.rows][-1], beside=beside),
         "evaluated_on": data.name,
         "base_model": base_model,
-        "datasets": [data.hub_id] if data.hub_id else [],
+        "data": {"name": data.name, "hub_id": data.hub_id},
     }
     trainer.create_model_card()
     folder = trainer.args.output_dir

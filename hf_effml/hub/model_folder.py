@@ -47,7 +47,7 @@ class ModelFolder(FolderKind):
         base_model (`str`, *optional*):
             What the model was made from: a Hub id, or the name of a local folder, which is shown without a link.
         datasets (`Sequence[str]`, *optional*, defaults to `()`):
-            Hub ids of the training data.
+            Hub ids of the training data. Defaults to that of `data`.
         data (`Mapping`, *optional*):
             The data in words: `name`, `hub_id`, `splits` (numbers of examples by name) and what else is known.
         history (`Sequence[Mapping]`, *optional*, defaults to `()`):
@@ -102,7 +102,7 @@ class ModelFolder(FolderKind):
             library_name="peft" if (self.folder / "adapter_config.json").exists() else "transformers",
             pipeline_tag=self.task,
             base_model=self.base_model if is_hub_id(self.base_model) else None,
-            datasets=list(self._datasets) or None,
+            datasets=list(self._datasets) or ([self._data["hub_id"]] if self._data.get("hub_id") else None),
             license=self._license,
             tags=[
                 *(self.papers[0].tags if self.papers else ()),

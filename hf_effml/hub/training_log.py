@@ -87,7 +87,7 @@ def _by_step(history: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, float]
             name: value
             for name, value in entry.items()
             if isinstance(value, int | float)
-            and name not in ("step", "epoch", "grad_norm", "learning_rate")
+            and name not in ("step", "epoch", "grad_norm", "learning_rate", "total_flos")
             and not name.startswith("train_")
             and not name.endswith(_ABOUT_TIME)
         }
