@@ -190,6 +190,9 @@ class DistilledSetFolder(FolderKind):
 class DistilledModelFolder(ModelFolder):
     """A synthetic set as the model that it is trained as. Arguments are those of [`~hf_effml.hub.ModelFolder`]."""
 
+    # Experts and the published set are folders of their own.
+    left_out = ("bank/*", "dataset/*", "pictures/*")
+
     @classmethod
     def recognises(cls, folder: Path, config: Mapping[str, Any]) -> bool:
         """By the type of the model."""

@@ -26,6 +26,7 @@ __all__ = ["LEFT_OUT", "check_folder", "files_to_push"]
 LEFT_OUT = [
     "_*",
     "checkpoint-*",
+    "*/checkpoint-*",
     "*.tfevents.*",
     "*/__pycache__/*",
     "__pycache__/*",

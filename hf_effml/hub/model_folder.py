@@ -62,6 +62,8 @@ class ModelFolder(FolderKind):
 
     noun = "model"
     template = "model_card.md"
+    # What programs here start from: a model of its own.
+    left_out = ("start/*",)
 
     def __init__(
         self,

@@ -13,6 +13,7 @@ from hub.conftest import ALICE
 from safetensors.torch import save, save_file
 
 from hf_effml.hub import check_folder, push_folder, write_card
+from hf_effml.hub.checks import files_to_push
 
 
 @pytest.fixture
@@ -31,6 +32,15 @@ def folder(tmp_path):
 
 def test_a_finished_folder_passes(folder):
     check_folder(folder)
+
+
+def test_what_a_program_started_from_stays_here(folder):
+    (folder / "start" / "checkpoint-3").mkdir(parents=True)
+    torch.save({}, folder / "start" / "checkpoint-3" / "optimizer.pt")
+    torch.save({}, folder / "start" / "training_args.bin")
+    save_file({"weight": torch.ones(3)}, folder / "start" / "model.safetensors")
+    check_folder(folder)
+    assert files_to_push(folder) == ["README.md", "config.json", "model.safetensors"]
 
 
 @pytest.mark.parametrize(
