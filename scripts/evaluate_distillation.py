@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
         split=args.split,
         device=device,
     )
-    run = describe_run(seed=args.seeds[0], rounds=len(args.seeds), device=device)
+    run = describe_run(seed=args.seeds[0], device=device)
     report = evaluation_report(reports, data.name, {"set": args.set, "data": data.name, "run": run})
     print(report.as_markdown())
     written = report.save(args.output_dir)

@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
     report = Report(args.name, {"accuracy": Column("test accuracy", ".1%"), "students": Column("students")})
     report.facts["arguments"] = {name: value for name, value in vars(args).items() if name != "output_dir"}
     for seed in args.seeds:
-        report.facts["run"] = describe_run(seed=seed, rounds=1)
+        report.facts["run"] = describe_run(seed=seed)
         for name, accuracies in _run_seed(args, seed):
             accuracies = [*report.rows.get(name, {}).get("accuracy", ()), *accuracies]
             report.add(name, accuracy=accuracies, students=len(accuracies))

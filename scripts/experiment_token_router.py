@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
                 report.add_seed(f"{sparsity:g}, {way}", **measured)
                 print(f"seed {seed}, {sparsity:g}, {way}: KL {measured['kl']:.5f}", flush=True)
         # Written after every seed: what is done is not lost.
-        report.facts = {"arguments": settings, "run": describe_run(seed=seed, rounds=1)}
+        report.facts = {"arguments": settings, "run": describe_run(seed=seed)}
         report.parts = [_gates(report, args.sparsities)]
         path = report.save(args.output_dir)
     print(f"\n{report.as_markdown()}\n\nWrote {path} and {path.with_suffix('.json').name}.")

@@ -105,7 +105,7 @@ class ExperimentArguments:
         report = Report(self.name, columns)
         arguments = {name: value for name, value in vars(self).items() if name != "output_dir"}
         report.facts = {"arguments": arguments, "augmentation": vars(augmentation)}
-        report.facts["run"] = describe_run(seed=seed, rounds=1)
+        report.facts["run"] = describe_run(seed=seed)
         for row in rows:
             accuracies = row["accuracies"]
             spread = statistics.stdev(accuracies) if len(accuracies) > 1 else None

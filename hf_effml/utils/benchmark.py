@@ -189,14 +189,16 @@ def peak_memory(function: Callable[[], Any], device: str | torch.device = "cpu")
     return peak
 
 
-def describe_run(*, seed: int, rounds: int, threads: int = 1, device: str | torch.device = "cpu") -> dict[str, Any]:
+def describe_run(
+    *, seed: int, rounds: int | None = None, threads: int = 1, device: str | torch.device = "cpu"
+) -> dict[str, Any]:
     """What a reader needs to judge or repeat a measurement.
 
     Args:
         seed (`int`):
             Of inputs and weights.
-        rounds (`int`):
-            As for [`compare`].
+        rounds (`int`, *optional*):
+            As for [`compare`], where something was timed.
         threads (`int`, *optional*, defaults to 1):
             As for [`compare`].
         device (`str` or `torch.device`, *optional*, defaults to `"cpu"`):
@@ -233,9 +235,10 @@ def one_line(run: Mapping[str, Any]) -> str:
         `str`: One line.
     """
     device = run["processor"] if run["device"] == "cpu" else run["device"]
+    timed = f"medians of {run['rounds']} interleaved rounds, " if run["rounds"] else ""
     return (
         f"{device}, {run['threads']} thread(s), torch {run['versions']['torch']}, commit {run['commit']}, "
-        f"seed {run['seed']}, medians of {run['rounds']} interleaved rounds, {run['date']}"
+        f"seed {run['seed']}, {timed}{run['date']}"
     )
 
 

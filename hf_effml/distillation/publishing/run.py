@@ -87,7 +87,7 @@ class DistillationRun:
         if self.seconds is not None:
             found["seconds"] = round(self.seconds, 1)
         if self.device is not None:
-            run = describe_run(seed=self.seed or 0, rounds=1, device=self.device)
+            run = describe_run(seed=self.seed or 0, device=self.device)
             found |= {
                 "device": run["processor"] if run["device"] == "cpu" else run["device"],
                 "versions": {name: number for name, number in run["versions"].items() if number},
