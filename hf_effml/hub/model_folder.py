@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from huggingface_hub import ModelCardData
 
@@ -63,7 +63,7 @@ class ModelFolder(FolderKind):
     noun = "model"
     template = "model_card.md"
     # What programs here start from: a model of its own.
-    left_out = ("start/*",)
+    left_out: ClassVar[Sequence[str]] = ("start/*",)
 
     def __init__(
         self,
