@@ -79,8 +79,8 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
     report.columns = {name: replace(c, change=CHANGES.get(name, "")) for name, c in report.columns.items()}
     for name, trainer in trainers.items():
         trainer.save_model()
-        results = report.card_results(name, beside=START)
-        trainer.card_facts |= {"evaluated_on": start.data.name, "results": results}
+        results, data = report.card_results(name, beside=START), {"name": start.data.name}
+        trainer.card_facts |= {"evaluated_on": start.data.name, "results": results, "data": data}
         trainer.create_model_card()
     _draw(out, report, models, start)
     distilled, set_folder = distil_digits(out, args.seed)
