@@ -1,22 +1,26 @@
 """Whether a folder can be published: a look into every file, not at its name."""
 
+import bz2
 import json
+import lzma
+import mmap
 import os
 import pickletools
 import re
 import warnings
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from huggingface_hub.utils import filter_repo_objects
+from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
 from safetensors import SafetensorError, safe_open
 
 from hf_effml.utils.files import is_leftover
 
 from .cards import CARD_NAME
 from .kinds import kind_of
-from .privacy import find_private, find_private_in_bytes
+from .privacy import find_private, find_private_in_bytes, scrub
 from .sections import unbalanced_sections
 
 
@@ -52,9 +56,12 @@ _TRACKERS = {
 }
 _PICKLES = (".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth")
 _WEIGHTS = (".safetensors",)
+# How a whole file of a kind begins, and what its last bytes hold.
+_WHOLE = {".parquet": (b"PAR1", b"PAR1"), ".png": (b"\x89PNG", b"IEND")}
 _MAX_REMARKS = 5
-# Above this a pickle of the oldest protocol, which has no first bytes of its own, is no longer looked for.
-_MAX_PLAIN_PICKLE = 2**20
+_CALLS = {"GLOBAL", "INST", "OBJ", "REDUCE", "STACK_GLOBAL", "BUILD"}
+# So many bytes tell what a file is, also of one that is compressed by blocks.
+_START = 2**20
 
 
 def check_folder(folder: str | Path) -> None:
@@ -82,7 +89,8 @@ def check_folder(folder: str | Path) -> None:
     if CARD_NAME not in files:
         remarks.append(f"no card: write one with `hf_effml.hub.write_card({folder.name!r})`")
     for name in files:
-        remarks += [f"`{name}`{remark}" for remark in _remarks_on_file(folder, name)]
+        # A name may be a secret itself.
+        remarks += [f"`{scrub(name)}`{remark}" for remark in _remarks_on_file(folder, name)]
     if remarks:
         more = [f"and {len(remarks) - _MAX_REMARKS} more"] if len(remarks) > _MAX_REMARKS else []
         raise ValueError(f"`{folder}` is not ready for the Hub. " + "; ".join(remarks[:_MAX_REMARKS] + more) + ".")
@@ -100,31 +108,41 @@ def files_to_push(folder: Path) -> list[str]:
     """
     names = []
     for path, folders, files in os.walk(folder):
-        links = [name for name in folders if Path(path, name).is_symlink()]
-        names += [Path(path, name).relative_to(folder).as_posix() for name in [*files, *links]]
-    names = [name for name in sorted(names) if not name.startswith((".git/", ".cache/"))]
-    return list(filter_repo_objects(names, ignore_patterns=[*LEFT_OUT, *kind_of(folder).left_out]))
+        found = (Path(path, name) for name in [*files, *folders])
+        names += [each.relative_to(folder).as_posix() for each in found if each.is_symlink() or each.is_file()]
+    ignored = [*DEFAULT_IGNORE_PATTERNS, *LEFT_OUT, *kind_of(folder).left_out]
+    return list(filter_repo_objects(sorted(names), ignore_patterns=ignored))
 
 
 def _remarks_on_file(folder: Path, name: str) -> Iterator[str]:
     path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()):
+    if find_private(name):
+        yield " has a name that looks like an access token or a folder of this machine: rename it"
+    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
         yield " is a link that leads out of the folder: put the file itself there"
-    elif path.is_dir() or not path.exists():
+    elif not path.is_file():
         yield " is a link to a folder, or to nothing: put the files themselves there"
     elif is_leftover(path.name):
         yield " was left by a process that was killed while it wrote: delete it"
     elif _TRACKERS & set(Path(name).parts) or ".tfevents" in path.name:
         yield " is a log of an experiment tracker, which holds more than you may want to show: move it away"
-    elif path.name == CARD_NAME:
+    else:
+        try:
+            yield from _remarks_on_content(path)
+        except OSError as error:
+            yield f" cannot be read ({error.strerror}): make it readable, or move it away"
+
+
+def _remarks_on_content(path: Path) -> Iterator[str]:
+    if path.name == CARD_NAME:
         yield from _remarks_on_card(path)
     elif path.suffix in _WEIGHTS:
         yield from _remarks_on_weights(path)
     elif path.name.lower().endswith(_PICKLES) or _holds_a_pickle(path):
         yield " may be a pickle, which runs code when it is opened: save tensors as safetensors"
-    elif path.suffix == ".json" and not _is_json(path):
-        yield " is empty or cut off: write it again"
     else:
+        if _is_cut(path):
+            yield " is empty or cut off: write it again"
         yield from (f", {remark}" for remark in find_private_in_bytes(path))
 
 
@@ -146,50 +164,75 @@ def _remarks_on_card(path: Path) -> Iterator[str]:
 def _remarks_on_weights(path: Path) -> Iterator[str]:
     try:
         with safe_open(path, framework="pt") as file:
-            words, empty = json.dumps(file.metadata() or {}), not file.keys()
-    except (SafetensorError, OSError) as error:
+            empty = not file.keys()
+    except SafetensorError as error:
         yield f" is empty, cut off or no safetensors file ({error}): save the model again"
         return
     if empty:
         yield " holds no tensors: save the model again"
     # The header's text, in which escapes may hide a name, and then the file as it is.
-    found = [*find_private(words), *find_private_in_bytes(path)]
+    with path.open("rb") as file:
+        header = file.read(int.from_bytes(file.read(8), "little")).decode("utf-8")
+    found = [*find_private(header), *find_private_in_bytes(path)]
     yield from (f", {remark}" for remark in dict.fromkeys(found))
 
 
 def _holds_a_pickle(path: Path) -> bool:
     """By the first bytes: what `pickle`, `torch.save`, `numpy` with objects and `joblib` write."""
     with path.open("rb") as file:
-        start = file.read(512)
+        start = file.read(_START)
     if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            members = [(member, archive.open(member).read(512)) for member in archive.namelist()]
-        return any(member.lower().endswith(_PICKLES) or _starts_a_pickle(data) for member, data in members)
-    if _starts_a_pickle(start):
-        return True
-    return path.stat().st_size <= _MAX_PLAIN_PICKLE and _is_plain_pickle(path.read_bytes())
+        try:
+            with zipfile.ZipFile(path) as archive:
+                members = [(name, archive.open(name).read(_START)) for name in archive.namelist()]
+        except (zipfile.BadZipFile, RuntimeError, zlib.error, lzma.LZMAError, EOFError):
+            # Encrypted or packed in a way that nobody can look into.
+            return True
+        return any(name.lower().endswith(_PICKLES) or _starts_a_pickle(data) for name, data in members)
+    return _starts_a_pickle(start) or any(map(_starts_a_pickle, _unpacked(start))) or _is_plain_pickle(path)
 
 
 def _starts_a_pickle(start: bytes) -> bool:
     is_binary = len(start) > 1 and start[0] == 0x80 and start[1] in range(2, 6)
-    has_objects = start.startswith(b"\x93NUMPY") and re.search(rb"'descr':\s*[^,]*O", start) is not None
-    # Compressed by joblib: nobody can see what is inside without opening it.
-    return is_binary or has_objects or start.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"ZF"))
+    has_objects = start.startswith(b"\x93NUMPY") and re.search(rb"'\|O\d?'", start.partition(b"\n")[0]) is not None
+    # Of joblib, compressed in a way that cannot be looked into.
+    return is_binary or has_objects or start.startswith((b"\x04\x22\x4d\x18", b"ZF"))
 
 
-def _is_plain_pickle(data: bytes) -> bool:
-    """Whether all of it is a program of the first protocols that calls something."""
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            codes = {code.name for code, _, _ in pickletools.genops(data)}
-    except Exception:  # whatever the bytes are, they are no pickle
+def _unpacked(start: bytes) -> Iterator[bytes]:
+    """The first bytes of what joblib may have compressed."""
+    for unpacker in (zlib.decompressobj(47), bz2.BZ2Decompressor(), lzma.LZMADecompressor()):
+        try:
+            yield unpacker.decompress(start, 512)
+        except (zlib.error, lzma.LZMAError, OSError, EOFError):
+            continue
+
+
+def _is_plain_pickle(path: Path) -> bool:
+    """Whether all of a file is a program of the first protocols, which have no first bytes, that calls something."""
+    if not path.stat().st_size:
         return False
-    return bool(codes & {"GLOBAL", "INST", "OBJ", "REDUCE", "STACK_GLOBAL", "BUILD"})
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                codes = {code.name for code, _, _ in pickletools.genops(data)}  # type: ignore[arg-type]
+        except Exception:  # whatever the bytes are, they are no pickle
+            return False
+        return not data.read().strip() and bool(codes & _CALLS)
 
 
-def _is_json(path: Path) -> bool:
-    try:
-        json.loads(path.read_bytes())
-    except ValueError:
-        return False
-    return True
+def _is_cut(path: Path) -> bool:
+    with path.open("rb") as file:
+        start = file.read(8)
+        file.seek(max(path.stat().st_size - 16, 0))
+        end = file.read()
+    if path.suffix == ".json":
+        try:
+            json.loads(path.read_bytes())
+        except ValueError:
+            return True
+    first, last = _WHOLE.get(path.suffix.lower(), (b"", b""))
+    if not start.startswith(first) or last not in end:
+        return True
+    # Archives list their members at the end, where `zipfile` looks for them.
+    return start.startswith(b"PK\x03\x04") and not zipfile.is_zipfile(path)

@@ -1,9 +1,14 @@
 """Pushing a folder: what is refused and why, and what arrives."""
 
+import bz2
 import gzip
 import io
 import json
+import lzma
+import os
 import pickle
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy
@@ -86,6 +91,24 @@ def _archive():
     return file.getvalue()
 
 
+def _header(text):
+    """A safetensors file whose header is written otherwise than this library's."""
+    header = (
+        json.dumps({text: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).replace("/", r"\u002f").encode()
+    )
+    return len(header).to_bytes(8, "little") + header + bytes(4)
+
+
+def _encrypted():
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("x.txt", "y")
+    data = bytearray(file.getvalue())
+    data[6] |= 1
+    data[data.index(b"PK\x01\x02") + 8] |= 1
+    return bytes(data)
+
+
 def _array(values):
     file = io.BytesIO()
     numpy.save(file, values, allow_pickle=True)
@@ -121,6 +144,31 @@ def _array(values):
         ("weights.txt", _pickle(0), "`weights.txt` may be a pickle"),
         ("objects.npy", _array(numpy.array([Path("x")], dtype=object)), "`objects.npy` may be a pickle"),
         ("squeezed.data", gzip.compress(_pickle(4), mtime=0), "`squeezed.data` may be a pickle"),
+        ("squeezed.data", zlib.compress(_pickle(4)), "`squeezed.data` may be a pickle"),
+        ("squeezed.data", bz2.compress(_pickle(4)), "`squeezed.data` may be a pickle"),
+        ("squeezed.data", lzma.compress(_pickle(4), lzma.FORMAT_ALONE), "`squeezed.data` may be a pickle"),
+        ("long.txt", pickle.dumps([Path("x"), "x" * 2**21], 0), "`long.txt` may be a pickle"),
+        (
+            "mixed.npy",
+            _array(numpy.array([(1, None)], dtype=[("a", "f8"), ("b", "O")])),
+            "`mixed.npy` may be a pickle",
+        ),
+        ("locked.zip", _encrypted(), "`locked.zip` may be a pickle"),
+        ("weights.data", _archive()[:-30], "`weights.data` is empty or cut off"),
+        ("picture.png", b"\x89PNG\r\n\x1a\n" + bytes(99), "`picture.png` is empty or cut off"),
+        ("table.parquet", b"PAR1" + bytes(99), "`table.parquet` is empty or cut off"),
+        ("table.parquet", b"", "`table.parquet` is empty or cut off"),
+        ("model.safetensors", _header("/home/alice/w"), "a folder of this machine (`/home/alice`)"),
+        ("tokenizer.json", rb'{"a": "\u002fhome\/alice", "a": "h\u0066_' + b"B" * 34 + b'"}', "access token"),
+        ("lines.jsonl", b'{}\n{"a": "\\/home\\/alice"}', "`lines.jsonl`, line 2 names a folder of this machine"),
+        ("notes.txt", rb"c:\users\alice", r"(`c:\users\alice`)"),
+        ("notes.txt", b"/mnt/c/Users/alice and /var/home/alice", "(`/mnt/c/Users/alice`)"),
+        (f"deep/{SECRET}/notes.txt", b"x", "`deep/<token>/notes.txt` has a name that looks like an access token"),
+        (
+            ".cache/mine/keys.txt",
+            SECRET.encode(),
+            "keys.txt`, line 1 holds what looks like an access token",
+        ),
         (".tmpAbc12D", b"x", "`.tmpAbc12D` was left by a process that was killed"),
         (".config.json.a1b2c3d4.unfinished", b"x", "unfinished` was left by a process that was killed"),
         ("wandb/run/output.log", b"x", "`wandb/run/output.log` is a log of an experiment tracker"),
@@ -141,7 +189,7 @@ def test_links_that_leave_the_folder_are_refused(folder):
     outside.write_text("not for everybody")
     (folder / "inside.json").symlink_to("config.json")
     check_folder(folder)
-    for name, target in (("notes.txt", outside), ("notes", folder.parent), ("gone", folder / "nothing")):
+    for name, target in (("notes.txt", outside), ("notes", folder.parent), ("gone", folder / "nothing"), ("me", "me")):
         (folder / name).symlink_to(target)
         with pytest.raises(ValueError, match=f"`{name}` is a link"):
             check_folder(folder)
@@ -154,9 +202,15 @@ def test_contents_that_are_fine(folder):
         "notes.txt": b"hf_effml, sk-learn-like-names-with-hyphens, AKIA and /home/ are no secrets. i0 (lp1 .",
         "data.bin.txt": bytes(range(256)) * 9,
         "deep/.gitattributes": b"*.safetensors filter=lfs",
+        ".gitignore": b"checkpoints\nold\n.venv\n",
+        "records.npy": _array(numpy.zeros(2, dtype=[("O", "f4")])),
+        "numbers.jsonl.gz": gzip.compress(b"{}", mtime=0),
+        ".cache/huggingface/token": SECRET.encode(),
+        "deep/.git/config": SECRET.encode(),
     }.items():
-        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
+    os.mkfifo(folder / "pipe")
     check_folder(folder)
 
 
