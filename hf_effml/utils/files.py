@@ -110,7 +110,8 @@ def write_text(path: str | Path, text: str) -> Path:
     Returns:
         `Path`: the file.
     """
-    return write_bytes(path, text.encode("utf-8"))
+    # Names of files can hold bytes that are no text; Python keeps them as lone surrogates.
+    return write_bytes(path, text.encode("utf-8", errors="backslashreplace"))
 
 
 def write_json(path: str | Path, value: Any, indent: int | None = 2) -> Path:

@@ -1,5 +1,6 @@
 """The one road of a number: rows by name, the facts of the run and notes, as a table, Markdown, JSON and card rows."""
 
+import math
 import statistics
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -83,15 +84,15 @@ class Column:
 
         Args:
             value (`Any`):
-                A number; a list of numbers, one per seed, is shown as mean and standard deviation (of a sample); a
-                tuple as its parts; `None` as a dash; anything else as it is.
+                A number; a list of finite numbers, one per seed, is shown as mean and standard deviation (of a
+                sample); a tuple as its parts; `None` as a dash; anything else as it is.
             first (`Any`, *optional*):
                 The value of the report's first row, for `change`.
 
         Returns:
             `str`: the text.
         """
-        if isinstance(value, list) and value:
+        if _are_finite(value):
             return self._spread(value)
         if isinstance(value, tuple):
             return " ".join(self.show(part) for part in value)
@@ -170,9 +171,15 @@ class Report:
             name (`str`):
                 What was measured.
             values (`dict`):
-                Its quantities, JSON-plain.
+                Its quantities. Numbers and arrays of numpy and torch become plain ones, what JSON does not know its
+                text.
+
+        Raises:
+            ValueError: If a quantity is called `name`, which is the row's own.
         """
-        self.rows[name] = values
+        if "name" in values:
+            raise ValueError(f"`name` is the row's own name; got a quantity `name` for `{name}`. Call it otherwise.")
+        self.rows[name] = _plain(values)
 
     def add_seed(self, name: str, /, **values: Any) -> None:
         """Adds what one more seed measured to a row: its numbers become lists, one entry per seed.
@@ -184,7 +191,7 @@ class Report:
                 Its quantities, the same for every seed.
         """
         row = self.rows.setdefault(name, {})
-        for key, value in values.items():
+        for key, value in _plain(values).items():
             row.setdefault(key, []).append(value)
 
     def add_part(self, name: str, columns: Mapping[str, Column] | None = None, title: str = "") -> "Report":
@@ -200,7 +207,12 @@ class Report:
 
         Returns:
             [`Report`]: the part, to fill.
+
+        Raises:
+            ValueError: If the JSON has something of that name already.
         """
+        if name in ("rows", "notes", *self.facts, *(part.name for part in self.parts)):
+            raise ValueError(f"`{self.name}` has `{name}` already, and the part would replace it. Name it otherwise.")
         part = Report(name, columns or {}, title)
         self.parts.append(part)
         return part
@@ -228,7 +240,11 @@ class Report:
         blocks = [
             block
             for one in [self, *self.parts]
-            for block in [f"## {one.title}" if one.title else "", one._markdown(), *(one.notes if one != self else ())]
+            for block in [
+                f"## {one.title}" if one.title else "",
+                one._markdown(),
+                *(one.notes if one is not self else ()),
+            ]
         ]
         return "\n\n".join(block for block in [*blocks, *self.notes, *self._of_run()] if block)
 
@@ -238,7 +254,7 @@ class Report:
         Returns:
             `dict`: the facts, `rows` (those of every part under its name) and `notes`.
         """
-        content = dict(self.facts)
+        content = _plain(self.facts)
         if self.rows or not self.parts:
             content["rows"] = self._plain_rows()
         content |= {part.name: part._plain_rows() for part in self.parts}
@@ -287,9 +303,11 @@ class Report:
         rows = [{key: _find(values, key) for key in columns} for values in self.rows.values()]
         columns = {k: c for k, c in columns.items() if c.title and any(row[k] is not _ABSENT for row in rows)}
         cells = [
-            [name]
+            [_one_line(name)]
             + [
-                "" if row[key] is _ABSENT else column.show(row[key], None if row is rows[0] else rows[0][key])
+                ""
+                if row[key] is _ABSENT
+                else _one_line(column.show(row[key], None if row is rows[0] else rows[0][key]))
                 for key, column in columns.items()
             ]
             for name, row in zip(self.rows, rows, strict=True)
@@ -337,7 +355,7 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """
     if not rows:
         return ""
-    lines = [head, ["---"] * len(head), *([_cell(value) for value in row] for row in rows)]
+    lines = [map(_cell, head), ["---"] * len(head), *(map(_cell, row) for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -350,20 +368,42 @@ def _cell(value: Any) -> str:
         return "-"
     if _is_number(value):
         return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
-    return str(value).replace("|", r"\|")
+    return _one_line(str(value)).replace("|", r"\|")
 
 
-def _find(values: Mapping[str, Any], key: str) -> Any:
-    name, _, rest = key.partition(".")
-    if name not in values:
+def _one_line(text: str) -> str:
+    return " ".join(text.splitlines())
+
+
+def _find(values: Any, key: str) -> Any:
+    if not isinstance(values, Mapping):
         return _ABSENT
-    return _find(values[name], rest) if rest else values[name]
+    name, _, rest = key.partition(".")
+    if key in values or not rest:
+        return values.get(key, _ABSENT)
+    return _find(values.get(name), rest)
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it, but for tuples, which tables show in another way than lists."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return tuple(map(_plain, value)) if isinstance(value, tuple) else [*map(_plain, value)]
+    return value if value is None or isinstance(value, str | int | float) else str(value)
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def _are_finite(values: Any) -> bool:
+    return isinstance(values, list) and values != [] and all(_is_number(v) and math.isfinite(v) for v in values)
+
+
 def _for_card(value: Any, column: Column) -> Any:
-    value = statistics.fmean(value) if isinstance(value, list) else value
+    if isinstance(value, list):
+        value = statistics.fmean(value) if _are_finite(value) else column.show(value)
     return value * column.scale if _is_number(value) and column.scale != 1 else value

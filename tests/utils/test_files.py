@@ -31,6 +31,8 @@ def test_files_are_whole_and_readable(tmp_path):
     path.chmod(0o600)
     write_text(path, "again")
     assert (stat.S_IMODE(path.stat().st_mode), path.read_text()) == (0o600, "again")
+    no_text = os.fsdecode(b"photos-\xff")
+    assert json.loads(write_json(tmp_path / "new" / "names.json", no_text).read_text(encoding="utf-8")) == no_text
     tensors = {"a": torch.arange(6.0).view(2, 3).t()}
     write_safetensors(tmp_path / "t.safetensors", tensors, {"note": "x"})
     assert torch.equal(load_file(tmp_path / "t.safetensors")["a"], tensors["a"])

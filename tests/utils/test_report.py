@@ -1,5 +1,9 @@
 import json
 
+import numpy
+import pytest
+import torch
+
 from hf_effml.hub import CardResult
 from hf_effml.utils.report import Column, Report, markdown_table
 
@@ -83,3 +87,36 @@ def test_rows_of_a_card():
         CardResult("Accuracy", 0.95, None, "accuracy"),
         CardResult("Millions", 2.0),
     ]
+
+
+def test_what_is_not_plain_is_kept_and_shown(tmp_path):
+    report = Report(
+        "any", {"x": Column("x|y", ".1%", card="X"), "of.digits": Column("digits"), "m.all": Column("all")}
+    )
+    report.add("scalars", x=numpy.float32(0.5), of={"digits": torch.tensor(3)}, **{"m.all": numpy.bool_(True)})
+    report.add("a|b\nc", x=[0.5, float("nan")], of=None, device=torch.device("cpu"))
+    report.add("none", x=[], of=0.5)
+    report.add_seed("seeds", x=numpy.float64(0.5))
+    report.add_seed("seeds", x=torch.tensor(0.25, requires_grad=True))
+    report.facts["at"] = tmp_path
+    assert json.loads(json.dumps(report.as_dict()))["rows"] == [
+        {"name": "scalars", "x": 0.5, "of": {"digits": 3}, "m.all": True},
+        {"name": "a|b\nc", "x": [0.5, pytest.approx(float("nan"), nan_ok=True)], "of": None, "device": "cpu"},
+        {"name": "none", "x": [], "of": 0.5},
+        {"name": "seeds", "x": [0.5, 0.25]},
+    ]
+    lines = report.save(tmp_path).read_text().splitlines()
+    assert lines[0] == r"|  | x\|y | digits | all |" and lines[2] == "| scalars | 50.0% | 3 | True |"
+    assert lines[3].startswith(r"| a\|b c | [0.5, nan] |") and lines[5].startswith("| seeds | 37.5 ± 17.7% |")
+    assert len(report.as_text().splitlines()) == 5
+    assert [report.card_results(name)[0].value for name in ("none", "seeds")] == ["[]", 0.375]
+
+
+def test_names_that_would_replace_others_are_refused():
+    report = Report("any", facts={"data": "digits"})
+    with pytest.raises(ValueError, match="`name` is the row's own name"):
+        report.add("a", **{"name": "b"})
+    report.add_part("steps")
+    for name in ("steps", "rows", "notes", "data"):
+        with pytest.raises(ValueError, match=f"`any` has `{name}` already"):
+            report.add_part(name)
