@@ -14,7 +14,7 @@ PACKAGE = sorted((ROOT / "hf_effml").rglob("*.py")) + sorted((ROOT / "trainers")
 FLAT = ("distillation", "token_router", "vim")
 PROGRAMS = sorted(path for path in (ROOT / "scripts").glob("*.py") if path.name != "__init__.py")
 # Two experiments are longer than the 160 lines of a program still; they may only shrink.
-LONGER = {"experiment_distillation.py": 172, "experiment_token_router.py": 198}
+LONGER = {"experiment_distillation.py": 172, "experiment_token_router.py": 191}
 
 
 def _tree(path: Path) -> ast.Module:
