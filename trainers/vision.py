@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
@@ -22,6 +22,7 @@ from transformers import (
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 from hf_effml.utils.augmentation import MixupCollator
+from hf_effml.utils.files import write_safetensors
 
 from .base import EffMLTrainer
 
@@ -292,7 +293,7 @@ class WeightAverage:
 
     def save(self, folder: str | Path) -> None:
         """Writes the average into a checkpoint."""
-        save_file({name: tensor.contiguous() for name, tensor in self.weights.items()}, Path(folder) / AVERAGE_NAME)
+        write_safetensors(Path(folder) / AVERAGE_NAME, self.weights)
 
     def load(self, folder: str | Path) -> None:
         """Reads the average of a checkpoint."""

@@ -29,7 +29,7 @@ def train(folder, batch, processes_expected):
         save_strategy="no",
         report_to="none",
         use_cpu=True,
-        # The official code needs it (rmeeto.md 3.3, item 14); here an unused parameter would fail the second step.
+        # The official code needs it; here an unused parameter would fail the second step.
         ddp_find_unused_parameters=False,
     )
     trainer = RMeeToTrainer(RMeeToVimForImageClassification(config), args, train_dataset=data)
