@@ -13,7 +13,7 @@ from hf_effml.hub.privacy import scrub
 from hf_effml.hub.results import arguments_table
 from hf_effml.methods import Method, get_papers
 from hf_effml.utils.files import write_json
-from hf_effml.utils.report import markdown_table
+from hf_effml.utils.report import as_code, markdown_table
 
 from .bank.card import TrajectoryBankFolder
 from .publishing.evaluations import evaluations_section, merge_evaluations
@@ -265,7 +265,7 @@ def _base(info: Mapping[str, Any]) -> str | None:
     source = info.get("dataset") or {}
     if source.get("hub_id"):
         return f"[`{source['hub_id']}`](https://huggingface.co/datasets/{source['hub_id']})"
-    return f"`{source['name']}`" if source.get("name") else None
+    return as_code(source["name"]) if source.get("name") else None
 
 
 def _summary(info: Mapping[str, Any], method: Method) -> str:
@@ -292,7 +292,7 @@ def _facts_table(info: Mapping[str, Any]) -> str:
         ),
         "Network it was made with": info.get("student_name"),
         "Experts": _joined(
-            f"`{info['bank']}`" if info.get("bank") else None,
+            as_code(info["bank"]) if info.get("bank") else None,
             f"{experts['number']} networks" if experts.get("number") else None,
             f"epochs {experts['epochs'][0]} to {experts['epochs'][1]}" if experts.get("epochs") else None,
             _settings(experts.get("training")),

@@ -1,20 +1,20 @@
 """Cards: rendered from what a folder is, written beside it, renewed without touching what a person wrote."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import DatasetCard, ModelCard, RepoCard
+from huggingface_hub import DatasetCard, ModelCard, ModelCardData, RepoCard
 
 from hf_effml.utils.files import write_text
 from hf_effml.utils.report import CardResult
 
+from .card_file import read_card, read_text, save_card
 from .kinds import FolderKind, kind_of
 from .model_folder import ModelFolder
-from .results import merge_results
+from .results import merge_index, merge_results
 from .sections import mark_sections, renew_sections, replace_in_sections
-from .snippets import output_of, with_id
+from .snippets import output_of, with_id, with_value
 
 
 __all__ = ["CARD_NAME", "add_results", "render_card", "renew_results", "set_license", "set_repo_id", "write_card"]
@@ -22,6 +22,10 @@ __all__ = ["CARD_NAME", "add_results", "render_card", "renew_results", "set_lice
 CARD_NAME = "README.md"
 # The variable that a snippet keeps the repository's id in.
 _VARIABLE = {"model": "model_id", "dataset": "dataset_id"}
+# Metadata that people add to.
+_LISTS = ("tags", "datasets", "source_datasets", "task_categories")
+# What the Trainer of Transformers and PEFT write of themselves.
+_WRITTEN_BY_NOBODY = ("generated automatically according to the information the Trainer", "# Model Card for Model ID")
 
 
 def render_card(folder: str | Path, repo_id: str | None = None, **facts: Any) -> RepoCard:
@@ -45,7 +49,7 @@ def render_card(folder: str | Path, repo_id: str | None = None, **facts: Any) ->
 
 
 def write_card(folder: str | Path, repo_id: str | None = None, **facts: Any) -> Path:
-    """Writes the card of a folder into it. Of a card of ours that is there, what a person wrote stays.
+    """Writes the card of a folder into it. What a person wrote on a card that is there stays, also on another's.
 
     Args:
         folder (`str` or `Path`):
@@ -67,14 +71,23 @@ def write_card(folder: str | Path, repo_id: str | None = None, **facts: Any) -> 
     >>> write_card("my-model", results=[accuracy], evaluated_on="digits")  # doctest: +SKIP
     ```
     """
-    kind = kind_of(folder, **facts)
+    kind, path = kind_of(folder, **facts), Path(folder) / CARD_NAME
+    old, earlier = _load(path) if path.exists() else None, []
     if isinstance(kind, ModelFolder) and kind.results is not None:
-        merge_results(folder, kind.results, kind.evaluated_on, replace=True)
-    card, path = _render(kind, repo_id, with_output=True), Path(folder) / CARD_NAME
-    if path.exists():
-        _renew(path, card, kind.unknown_sections)
-    else:
+        earlier = merge_results(folder, kind.results, kind.evaluated_on, replace=True)
+    card = _render(kind, repo_id, with_output=True)
+    if old is None or ("<!-- hf-effml: " not in old.text and any(words in old.text for words in _WRITTEN_BY_NOBODY)):
         write_text(path, card.content)
+        return path
+    for name, value in vars(card.data).items():
+        if name in _LISTS and isinstance(value, list):
+            old.data[name] = list(dict.fromkeys([*_as_list(old.data.get(name)), *value]))
+        elif value is not None and name not in ("model_name", "eval_results"):
+            old.data[name] = value
+    if isinstance(old.data, ModelCardData):
+        merge_index(old.data, card.data, earlier)
+    old.text = renew_sections(old.text, card.text, keep=kind.unknown_sections)
+    save_card(path, old)
     return path
 
 
@@ -118,14 +131,11 @@ def renew_results(folder: str | Path) -> Path:
         return write_card(folder)
     kind = kind_of(folder)
     card = _load(path)
-    title = getattr(card.data, "model_name", None) or Path(folder).resolve().name
-    fresh = _render(kind, title)
-    if isinstance(kind, ModelFolder):
-        card.data.model_name, card.data.eval_results = title, fresh.data.eval_results or card.data.eval_results
-        if not card.data.eval_results:
-            card.data.model_name = None
+    fresh = _render(kind, getattr(card.data, "model_name", None))
+    if isinstance(card.data, ModelCardData):
+        merge_index(card.data, fresh.data)
     card.text = renew_sections(card.text, fresh.text, only={"results"})
-    write_text(path, card.content)
+    save_card(path, card)
     return path
 
 
@@ -139,9 +149,10 @@ def set_repo_id(folder: str | Path, repo_id: str) -> None:
             The Hub id the folder is pushed to.
     """
     path = Path(folder) / CARD_NAME
-    variable = _VARIABLE[kind_of(folder).repo_type]
-    text = path.read_text(encoding="utf-8")
-    write_text(path, replace_in_sections(text, rf"^{variable} = .*$", f"{variable} = {json.dumps(repo_id)}"))
+    variable, here = _VARIABLE[kind_of(folder).repo_type], Path(folder).resolve().name
+    text = replace_in_sections(read_text(path), rf"^{variable} = .*$", with_value(variable, repo_id))
+    # Wherever else the folder is loaded: in a section with a person's words, on a card of the version before.
+    write_text(path, text.replace(f"\n{with_value(variable, here)}\n", f"\n{with_value(variable, repo_id)}\n"))
 
 
 def set_license(folder: str | Path, license: str) -> None:
@@ -155,7 +166,7 @@ def set_license(folder: str | Path, license: str) -> None:
     """
     card = _load(Path(folder) / CARD_NAME)
     card.data.license = license
-    write_text(Path(folder) / CARD_NAME, card.content)
+    save_card(Path(folder) / CARD_NAME, card)
 
 
 def _render(kind: FolderKind, repo_id: str | None, with_output: bool = False) -> RepoCard:
@@ -168,7 +179,7 @@ def _render(kind: FolderKind, repo_id: str | None, with_output: bool = False) ->
     card = card_type.from_template(
         kind.metadata(title),
         template_str=kind.read_template(),
-        title=title,
+        title=title.replace("<", "&lt;"),
         snippet=with_id(kind.snippet(), variable, repo_id),
         output=output_of(here) if with_output and kind.shows_output else None,
         **values,
@@ -177,22 +188,9 @@ def _render(kind: FolderKind, repo_id: str | None, with_output: bool = False) ->
     return card
 
 
-def _renew(path: Path, fresh: RepoCard, unknown: set[str]) -> None:
-    """A card that is not ours, such as the one that Transformers writes, is replaced."""
-    old = _load(path)
-    if "<!-- hf-effml: " not in old.text:
-        write_text(path, fresh.content)
-        return
-    known = old.data.to_dict()
-    for name, value in fresh.data.to_dict().items():
-        known[name] = list(dict.fromkeys([*known.get(name, []), *value])) if name == "tags" else value
-    if "model-index" in known and "model-index" not in fresh.data.to_dict():
-        del known["model-index"]
-    old.data = type(fresh.data)(**known)
-    old.text = renew_sections(old.text, fresh.text, keep=unknown)
-    write_text(path, old.content)
-
-
 def _load(path: Path) -> RepoCard:
-    kind = kind_of(path.parent)
-    return (ModelCard if kind.repo_type == "model" else DatasetCard).load(path)
+    return read_card(path, kind_of(path.parent).repo_type)
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]

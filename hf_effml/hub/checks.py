@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from hf_effml.utils.files import is_leftover
 
+from .card_file import read_card, read_text
 from .cards import CARD_NAME
 from .kinds import kind_of
 from .privacy import find_private, find_private_in_bytes, scrub
@@ -148,7 +149,7 @@ def _remarks_on_content(path: Path) -> Iterator[str]:
 
 def _remarks_on_card(path: Path) -> Iterator[str]:
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = read_text(path)
     except UnicodeDecodeError:
         yield " is no text in UTF-8: write it again with `hf_effml.hub.write_card`"
         return
@@ -156,6 +157,10 @@ def _remarks_on_card(path: Path) -> Iterator[str]:
     body = re.sub(r"\A---\n.*?\n---\s*(\n|\Z)", "", text, flags=re.DOTALL)
     if lacks_end or unbalanced_sections(text) or not body.strip():
         yield " is empty or cut off: write it again with `hf_effml.hub.write_card`"
+    try:
+        read_card(path, kind_of(path.parent).repo_type)
+    except ValueError as error:
+        yield f": {str(error).removesuffix('.')}"
     if "more information needed" in text.lower():
         yield ' still says "More information needed"'
     yield from (f", {remark}" for remark in find_private(text))

@@ -110,9 +110,15 @@ class FolderKind:
 
         Returns:
             `dict` or `None`: the content; `None` where there is no such file.
+
+        Raises:
+            ValueError: If it is no JSON.
         """
         path = self.folder / name
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        try:
+            return json.loads(path.read_text(encoding="utf-8-sig")) if path.is_file() else None
+        except ValueError as error:
+            raise ValueError(f"`{path}` is no JSON ({error}). Mend it, or write the {self.noun} again.") from error
 
     def if_there(self, name: str) -> str | None:
         """The name of a file where it exists, for what a card only shows then."""

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from huggingface_hub import ModelCardData
 
 from hf_effml.methods import Method, get_papers
-from hf_effml.utils.report import CardResult, markdown_table
+from hf_effml.utils.report import CardResult, as_code, markdown_table
 
 from .kinds import FolderKind, installed_versions, read_config
 from .privacy import scrub, scrub_command
@@ -125,9 +125,9 @@ class ModelFolder(FolderKind):
             "details": markdown_table(["", ""], [[name, value] for name, value in self.details().items()]),
             "results": results_section(self.entries),
             "data": markdown_table(["", ""], [[name, value] for name, value in self._data_rows().items()]),
-            "base_model": base_model if linked else Path(str(scrub(base_model))).name if base_model else None,
+            "base_model": base_model if linked else as_code(Path(str(scrub(base_model))).name) if base_model else None,
             "base_model_is_linked": linked,
-            "command": scrub_command(self._command) if self._command else None,
+            "command": " ".join(scrub_command(self._command).splitlines()) if self._command else None,
             "arguments_table": arguments_table(self._arguments),
             "took": duration(self.history),
             "log": log_table(self.history),
@@ -165,7 +165,7 @@ class ModelFolder(FolderKind):
         """
         made_with: Method | None = self.papers[0] if self.papers else None
         what = f"a `{self.architecture}`" if self.architecture else "a model"
-        sentence = f"`{title}` is {what}{self.described()}"
+        sentence = f"{as_code(title)} is {what}{self.described()}"
         if made_with is None:
             return f"{sentence} made with `hf_effml`."
         about = f"{made_with.summary[0].lower()}{made_with.summary[1:]}"
@@ -246,7 +246,7 @@ class ModelFolder(FolderKind):
         if self.task == "image-classification" and self.config.get("id2label"):
             labels = list(self.config["id2label"].values())
             more = f", ... ({len(labels)} in all)" if len(labels) > _MAX_CLASSES else ""
-            found["Classes"] = ", ".join(f"`{label}`" for label in labels[:_MAX_CLASSES]) + more
+            found["Classes"] = ", ".join(map(as_code, labels[:_MAX_CLASSES])) + more
         parameters = self._count_parameters()
         return found | ({"Parameters": f"{parameters:,}"} if parameters else {})
 
@@ -257,7 +257,9 @@ class ModelFolder(FolderKind):
             classes = len(self.config["id2label"])
             limits.append(f"It knows the {classes} classes of its training data only; any picture gets one of them.")
         if self.entries and self.evaluated_on:
-            limits.append(f"The results above hold for {self.evaluated_on} and say little about other data.")
+            limits.append(
+                f"The results above hold for {' '.join(self.evaluated_on.split())} and say little about other data."
+            )
         size = "prompt length" if self.task == "text-generation" else "input size"
         return [*limits, f"Speed depends on device, batch and {size}: measure it where the model will run."]
 
@@ -334,7 +336,7 @@ class ModelFolder(FolderKind):
         if data.get("hub_id"):
             rows["Name"] = f"[`{data['hub_id']}`](https://huggingface.co/datasets/{data['hub_id']})"
         elif data.get("name"):
-            rows["Name"] = f"`{data['name']}`"
+            rows["Name"] = as_code(data["name"])
         rows |= {f"{str(name).capitalize()} examples": f"{n:,}" for name, n in (data.get("splits") or {}).items()}
         others = {name: value for name, value in data.items() if name not in ("name", "hub_id", "splits")}
         return rows | {name.replace("_", " ").capitalize(): str(value) for name, value in others.items()}

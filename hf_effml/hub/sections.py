@@ -13,7 +13,7 @@ logger = logging.get_logger(__name__)
 
 _TEMPLATE_MARK = re.compile(r"^<!-- section: (\w+) -->\n", re.MULTILINE)
 # The digest tells whether a section is still as it was written.
-_SECTION = re.compile(r"<!-- hf-effml: (\w+) ([0-9a-f]{8}) -->\n(.*?)\n<!-- end of \1 -->", re.DOTALL)
+_SECTION = re.compile(r"<!-- hf-effml: (\w+) ([0-9a-f]{8}) -->[ \t]*\n(?:(.*?)\n)??<!-- end of \1 -->", re.DOTALL)
 _MARK = re.compile(r"<!-- (hf-effml: \w+ [0-9a-f]{8}|end of \w+) -->")
 # Numbers are always brought up to date; a person's version of them stands below.
 _ALWAYS_RENEWED = "results"
@@ -91,7 +91,7 @@ def replace_in_sections(text: str, pattern: str, replacement: str) -> str:
     """
 
     def changed(match: re.Match) -> str:
-        if _digest(match[3]) != match[2]:
+        if _digest(match[3] or "") != match[2]:
             return match[0]
         return _marked(match[1], re.sub(pattern, lambda _: replacement, match[3], flags=re.MULTILINE))
 
@@ -118,11 +118,11 @@ def _renewed(
         yield name, text
         return
     _, digest, content = _SECTION.fullmatch(text).groups()  # type: ignore[union-attr]
-    if _digest(content) == digest:
+    if _digest(content or "") == digest:
         yield name, fresh.get(name, "")
     elif name == _ALWAYS_RENEWED and name in fresh:
         yield name, fresh[name]
-        yield None, f"\n\n{content}"
+        yield None, f"\n\n{content.strip()}" if content else ""
     else:
         logger.warning(f"The section `{name}` of the card was changed by hand and stays as it is.")
         yield name, text
@@ -131,12 +131,15 @@ def _renewed(
 def _sections(text: str) -> Iterator[tuple[str, str, str]]:
     """Name, section with its marks, and content."""
     for match in _SECTION.finditer(text):
-        yield match[1], match[0], match[3]
+        yield match[1], match[0], match[3] or ""
 
 
 def _marked(name: str, content: str) -> str:
+    # Names of data and classes can be anything, but no mark.
+    content = _MARK.sub(lambda match: f"&lt;{match[0][1:]}", content)
     return f"<!-- hf-effml: {name} {_digest(content)} -->\n{content}\n<!-- end of {name} -->"
 
 
 def _digest(content: str) -> str:
-    return hashlib.sha256(content.encode()).hexdigest()[:8]
+    # Editors set empty lines around comments.
+    return hashlib.sha256(content.strip().encode(errors="backslashreplace")).hexdigest()[:8]

@@ -8,7 +8,7 @@ from io import StringIO
 from transformers.utils import logging
 
 
-__all__ = ["output_of", "with_id"]
+__all__ = ["output_of", "with_id", "with_value"]
 
 logger = logging.get_logger(__name__)
 
@@ -29,7 +29,25 @@ def with_id(snippet: str, variable: str, repo_id: str) -> str:
     """
     lines = snippet.splitlines()
     place = next(i for i, line in enumerate(lines) if line and not line.startswith(("import ", "from ")))
-    return "\n".join([*lines[:place], f"{variable} = {json.dumps(repo_id)}", *lines[place:]])
+    return "\n".join([*lines[:place], with_value(variable, repo_id), *lines[place:]])
+
+
+def with_value(variable: str, text: str) -> str:
+    """Writes the line that says what is loaded.
+
+    Args:
+        variable (`str`):
+            A name.
+        text (`str`):
+            Its value, whatever is in it.
+
+    Returns:
+        `str`: an assignment.
+    """
+    # JSON's escapes are Python's too, but for letters beyond the first 65,536, which it writes as two. No comment
+    # begins within the code, as the mark of a section would.
+    literal = json.dumps(text, ensure_ascii=False).replace("<!--", r"\u003c!--")
+    return f"{variable} = {literal}"
 
 
 def output_of(snippet: str) -> str | None:

@@ -1,6 +1,7 @@
 """The one road of a number: rows by name, the facts of the run and notes, as a table, Markdown, JSON and card rows."""
 
 import math
+import re
 import statistics
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ from typing import Any
 from .files import write_json, write_text
 
 
-__all__ = ["CardResult", "Column", "Report", "markdown_table"]
+__all__ = ["CardResult", "Column", "Report", "as_code", "markdown_table"]
 
 _ABSENT = object()
 _WIDTH = 119
@@ -357,6 +358,31 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
         return ""
     lines = [map(_cell, head), ["---"] * len(head), *(map(_cell, row) for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def as_code(value: Any) -> str:
+    """Writes a name as code in Markdown, whatever is in it.
+
+    Args:
+        value (`Any`):
+            The name, or another value.
+
+    Returns:
+        `str`: one line.
+
+    Example:
+
+    ```python
+    >>> from hf_effml.utils.report import as_code
+
+    >>> as_code("cat"), as_code("a`b")
+    ('`cat`', '`` a`b ``')
+
+    ```
+    """
+    text = _one_line(str(value))
+    ticks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{ticks} {text} {ticks}" if "`" in text else f"`{text}`"
 
 
 def _wrapped(text: str) -> str:

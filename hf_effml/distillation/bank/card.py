@@ -13,7 +13,7 @@ from huggingface_hub import CommitInfo, DatasetCardData
 from transformers import PreTrainedConfig
 
 from hf_effml.hub import FolderKind, push_folder, write_card
-from hf_effml.utils.report import Column, Report
+from hf_effml.utils.report import Column, Report, as_code
 
 from .files import BANK_NAME, expert_name, mean_accuracies, read_bank
 from .trajectories import PROCESSOR_FILES, TrajectoryBank
@@ -74,7 +74,7 @@ class TrajectoryBankFolder(FolderKind):
         """What the template shows."""
         bank = self._bank
         data = _data_name(bank)
-        origin = f" on `{data}`" if data else ""
+        origin = f" on {as_code(data)}" if data else ""
         return {
             "summary": f"Trajectories of {bank['num_experts']} expert networks ({bank['student']['model_type']}) that "
             f"were trained{origin}: the parameters of each after {_epochs(bank['epochs'])}, for dataset distillation "
@@ -186,7 +186,7 @@ def _facts_table(bank: Mapping[str, Any]) -> str:
         "Data": ", ".join(
             part
             for part in (
-                f"`{data}`" if data else "",
+                as_code(data) if data else "",
                 f"revision `{source['revision']}`" if source.get("revision") else "",
                 f"{source['train_images']:,} training images" if source.get("train_images") else "",
             )
