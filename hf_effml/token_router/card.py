@@ -84,7 +84,8 @@ class RouterFolder(FullCheckpointFolder):
     def remarks(self, files: Sequence[str]) -> list[str]:
         """The base model is loaded by its name, so it must be on the Hub."""
         base_model = self.config.get("base_model_name_or_path")
-        if is_hub_id(base_model):
+        # A folder of this machine is often named from where its router was made.
+        if is_hub_id(base_model) and not (self.folder.resolve().parent / str(base_model)).exists():
             return super().remarks(files)
         return [
             *super().remarks(files),

@@ -1,6 +1,7 @@
 """The programs around token routing: train and search on a language model made on the spot, experiment."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from transformers import AutoTokenizer
 
 from helpers import require_package
 from hf_effml import TokenRouterModel
-from hf_effml.hub import check_folder
+from hf_effml.hub import check_folder, write_card
 from hf_effml.scripts import experiment_token_router, train_token_router
 from hf_effml.utils.text_examples import LeftPaddingCollator
 
@@ -69,6 +70,13 @@ def test_card_and_searches_are_beside_it(trained):
     # The language model was made here, and nobody could load the router without it.
     with pytest.raises(ValueError, match="base model .* is not one on the Hub"):
         check_folder(folder)
+    # From elsewhere its relative name looks like one on the Hub.
+    config = json.loads((folder / "config.json").read_text())
+    text = json.dumps(config | {"base_model_name_or_path": f"{folder.name}/start"})
+    write_card(shutil.copytree(folder, folder.with_name("copy"), ignore=shutil.ignore_patterns("start")))
+    (folder.with_name("copy") / "config.json").write_text(text)
+    with pytest.raises(ValueError, match="base model .* is not one on the Hub"):
+        check_folder(folder.with_name("copy"))
 
 
 def test_the_start_model_is_used_again(trained, monkeypatch):
