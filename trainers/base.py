@@ -15,6 +15,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.utils import logging
 
 from hf_effml.hub import CardResult, write_card
+from hf_effml.hub.results import merge_results
 from hf_effml.hub.training_log import CURVE_NAME, draw_log
 from hf_effml.methods import FOUNDATIONS, METHODS
 from hf_effml.utils.files import remove_leftovers, write_text
@@ -70,6 +71,7 @@ class EffMLTrainer(Trainer):
     def __init__(self, model: Any = None, args: TrainingArguments | None = None, *others: Any, **kwargs: Any):
         self.card_facts: dict[str, Any] = {}
         self._sums: dict[str, Tensor] = {}
+        self._step_of_card: int | None = None
         super().__init__(model, copy.copy(args), *others, **kwargs)
 
     def find_checkpoint(self, resume_from_checkpoint: str | bool | None) -> str | None:
@@ -158,7 +160,7 @@ class EffMLTrainer(Trainer):
         dataset: str | None = None,
         dataset_tags: str | list[str] | None = None,
     ) -> None:
-        """Writes the model's card into the output folder.
+        """Writes the model's card into the output folder. Results that were added to the card of this step stay.
 
         Args:
             model_name (`str`, *optional*):
@@ -192,9 +194,15 @@ class EffMLTrainer(Trainer):
             "license": license,
             "tags": [*self._tags, *_as_list(tags), *paper_tags],
         }
+        facts |= self.card_facts | {"data": facts["data"]}
+        if self._step_of_card == self.state.global_step:
+            # It is still the same model.
+            merge_results(output_dir, facts["results"] or [], facts["evaluated_on"])
+            facts["results"] = None
+        self._step_of_card = self.state.global_step
         if usable("matplotlib"):
             draw_log(history, output_dir / CURVE_NAME, title="Course of the training")
-        write_card(output_dir, self.hub_model_id or model_name, **(facts | self.card_facts | {"data": facts["data"]}))
+        write_card(output_dir, self.hub_model_id or model_name, **facts)
 
     def _count_examples(self) -> dict[str, int]:
         """Sizes of the data, as far as they have one."""

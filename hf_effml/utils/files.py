@@ -27,7 +27,9 @@ __all__ = [
 
 _ENDING = ".unfinished"
 # Ours, those of earlier versions, and what safetensors writes before it renames.
-_LEFTOVER = re.compile(r"\..+\.([a-z0-9_]{8}\.unfinished|\d+\.tmp)|\.tmp[A-Za-z0-9_]{6}")
+_LEFTOVER = re.compile(r"\..+\.([a-z0-9_]{8}\.unfinished|\d+\.tmp)|\.tmp[A-Za-z0-9]{6}", re.DOTALL)
+# So many bytes of a name leave room for what is added to it.
+_MAX_NAME = 200
 
 
 @contextmanager
@@ -36,7 +38,7 @@ def replacing_file(path: str | Path) -> Iterator[Path]:
 
     Args:
         path (`str` or `Path`):
-            The file to write; its folder is made if need be.
+            The file to write; its folder is made if need be. A link stays, and the file that it leads to is replaced.
 
     Yields:
         `Path`: the file to write into, on the same disk.
@@ -53,9 +55,9 @@ def replacing_file(path: str | Path) -> Iterator[Path]:
 
     ```
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=_ENDING, dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=_beginning(path.name), suffix=_ENDING, dir=path.parent)
     os.close(handle)
     unfinished = Path(name)
     try:
@@ -72,24 +74,35 @@ def replacing_file(path: str | Path) -> Iterator[Path]:
 def replacing_folder(path: str | Path) -> Iterator[Path]:
     """Lends a folder beside `path` that takes its place when the block ends well, and is removed when it does not.
 
-    A kill in the instant between the two renames leaves the old folder whole, under the name of a leftover.
+    A kill in the instant between the two renames leaves the old folder whole, under the name of a leftover; the next
+    call brings it back first.
 
     Args:
         path (`str` or `Path`):
-            The folder to write. What it holds is replaced as a whole.
+            The folder to write. What it holds is replaced as a whole. A link stays, and the folder that it leads to is
+            replaced.
 
     Yields:
         `Path`: the empty folder to write into.
+
+    Raises:
+        ValueError: If the process works in that folder, which would be gone below it.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
+    if path in (Path.cwd(), *Path.cwd().parents):
+        raise ValueError(
+            f"`{path}` cannot be replaced while this process works in it. Change to another folder first."
+        )
+    _bring_back(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Both lie in one folder of their own: a rename needs a name that is free.
-    beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=_ENDING, dir=path.parent))
+    beside = Path(tempfile.mkdtemp(prefix=_beginning(path.name), suffix=_ENDING, dir=path.parent))
     unfinished, old = beside / "new", beside / "old"
     try:
         unfinished.mkdir()
         yield unfinished
         if path.exists():
+            unfinished.chmod(path.stat().st_mode & 0o777)
             os.replace(path, old)
         os.replace(unfinished, path)
     finally:
@@ -193,11 +206,29 @@ def remove_leftovers(folder: str | Path, of: str | None = None) -> None:
             Name of a file whose leftovers alone are removed, where others may be writing beside it.
     """
     for path in Path(folder).iterdir() if Path(folder).is_dir() else ():
-        if is_leftover(path.name) and (of is None or path.name.startswith(f".{of}.")):
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
+        if is_leftover(path.name) and (of is None or _is_leftover_of(path.name, of)):
+            if path.is_file() or path.is_symlink():
                 path.unlink()
+            elif path.name.endswith(_ENDING):
+                # Others do not leave folders.
+                shutil.rmtree(path)
+
+
+def _bring_back(path: Path) -> None:
+    """Puts a folder back in its place that a kill has left beside it."""
+    if not path.exists() and path.parent.is_dir():
+        for beside in path.parent.iterdir():
+            if _is_leftover_of(beside.name, path.name) and (beside / "old").exists():
+                os.replace(beside / "old", path)
+                return
+
+
+def _beginning(name: str) -> str:
+    return f".{os.fsdecode(os.fsencode(name)[:_MAX_NAME])}."
+
+
+def _is_leftover_of(name: str, of: str) -> bool:
+    return is_leftover(name) and name.startswith(_beginning(of))
 
 
 def _umask() -> int:

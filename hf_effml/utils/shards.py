@@ -119,7 +119,7 @@ def _differences(there: Any, here: Any, name: str = "") -> Iterator[tuple[str, A
     if isinstance(there, Mapping) and isinstance(here, Mapping):
         for key in dict.fromkeys([*there, *here]):
             yield from _differences(there.get(key), here.get(key), f"{name}.{key}" if name else str(key))
-    elif there != here:
+    elif there != here and repr(there) != repr(here):  # NaN is another than itself
         yield name, there, here
 
 

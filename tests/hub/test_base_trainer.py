@@ -7,6 +7,7 @@ from transformers import TrainingArguments
 
 from helpers import require_package, tiny_vim_config
 from hf_effml import VimForImageClassification
+from hf_effml.hub import CardResult, add_results
 from hf_effml.trainers.base import EffMLTrainer
 
 
@@ -52,6 +53,19 @@ def test_results_come_from_the_log(tmp_path):
     card = ModelCard.load(tmp_path / "README.md")
     assert "| Accuracy | 0.75 | 0.25 |" in card.text and "| Top 5 | 1 | - |" in card.text
     assert "runtime" not in card.text and "per_second" not in card.text.replace(" ", "_")
+
+
+def test_a_second_card_keeps_results_that_were_added(tmp_path):
+    trainer = make_trainer(VimForImageClassification(tiny_vim_config()), tmp_path)
+    trainer.state.log_history = [{"eval_accuracy": 0.75, "step": 0}]
+    trainer.create_model_card(dataset="digits")
+    add_results(tmp_path, [CardResult("Accuracy", 0.5, metric="accuracy")], "letters")
+    before = (tmp_path / "README.md").read_text()
+    trainer.create_model_card(dataset="digits")
+    assert (tmp_path / "README.md").read_text() == before
+    trainer.state.global_step, trainer.state.log_history = 10, []
+    trainer.create_model_card(dataset="digits")
+    assert "0.75" not in (tmp_path / "README.md").read_text() and not (tmp_path / "results.json").exists()
 
 
 class Bare(torch.nn.Module):

@@ -116,3 +116,52 @@ def test_shards_go_on_where_they_stopped(tmp_path):
     with pytest.raises(ValueError, match="holds `1` without a `settings.json`"):
         shards.start()
     assert differing_settings({"a": 1}, {"a": 1, "b": None}) == []
+
+
+def test_links_long_names_and_modes_stay(tmp_path):
+    write_text(tmp_path / "real" / "file", "old")
+    (tmp_path / "file").symlink_to("real/file")
+    (tmp_path / "folder").symlink_to("real")
+    write_text(tmp_path / "file", "new")
+    assert (tmp_path / "file").is_symlink() and (tmp_path / "real" / "file").read_text() == "new"
+    (tmp_path / "real").chmod(0o750)
+    with replacing_folder(tmp_path / "folder") as path:
+        (path / "other").write_text("new")
+    assert (tmp_path / "folder").is_symlink() and os.listdir(tmp_path / "real") == ["other"]
+    assert stat.S_IMODE((tmp_path / "real").stat().st_mode) == 0o750
+    for name in ("a" * 251, "ü" * 125, "a\nb"):
+        with replacing_file(tmp_path / name) as path:
+            assert is_leftover(path.name)
+        assert (tmp_path / name).is_file()
+
+
+def test_the_current_folder_is_not_replaced(tmp_path, monkeypatch):
+    write_text(tmp_path / "in" / "file", "mine")
+    monkeypatch.chdir(tmp_path / "in")
+    for path in (".", tmp_path / "in", tmp_path):
+        with pytest.raises(ValueError, match="while this process works in it"), replacing_folder(path):
+            pass
+    assert os.listdir(".") == ["file"]
+
+
+def test_a_folder_that_a_kill_moved_away_comes_back(tmp_path):
+    write_text(tmp_path / "[1]" / "README.md", "mine")
+    with pytest.raises(KeyError), replacing_folder(tmp_path / "[1]") as path:
+        write_text(path / "half", "x")
+        # As a kill between the two renames leaves it.
+        beside = tmp_path / ".[1].a1b2c3d4.unfinished"
+        beside.mkdir()
+        os.replace(tmp_path / "[1]", beside / "old")
+        raise KeyError
+    with replacing_folder(tmp_path / "[1]"):
+        assert os.listdir(tmp_path / "[1]") == ["README.md"]
+    remove_leftovers(tmp_path, of="[1]")
+    assert os.listdir(tmp_path) == ["[1]"]
+
+
+def test_folders_of_others_are_no_leftovers(tmp_path):
+    write_text(tmp_path / ".tmpfolder" / "file", "mine")
+    write_text(tmp_path / ".tmp_mine_", "mine")
+    remove_leftovers(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == [".tmp_mine_", ".tmpfolder"]
+    assert differing_settings({"a": float("nan"), "b": 1}, {"a": float("nan"), "b": 1.0}) == []

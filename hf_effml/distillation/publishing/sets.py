@@ -20,7 +20,7 @@ from hf_effml.distillation.differentiable_augmentation import AugmentationSettin
 from hf_effml.distillation.evaluation.training_sets import TrainingSet, as_training_set
 from hf_effml.distillation.image_processing_zca import ZCA_WEIGHTS_NAME, ZCAImageProcessor
 from hf_effml.distillation.modeling_distilled_dataset import DistilledDatasetModel
-from hf_effml.utils.files import is_leftover, replacing_folder, write_json
+from hf_effml.utils.files import is_leftover, remove_leftovers, replacing_folder, write_json
 
 from .description import FORMAT_VERSION, describe_distillation
 from .pictures import image_grid, map_grid
@@ -257,9 +257,7 @@ def _replacing(folder: Path) -> Iterator[Path]:
         if folder.is_dir():
             shutil.copytree(folder, new, symlinks=True, ignore=skipped, copy_function=_link, dirs_exist_ok=True)
         yield new
-    for path in folder.parent.glob(f".{folder.name}.*"):
-        if is_leftover(path.name):
-            shutil.rmtree(path, ignore_errors=True)
+    remove_leftovers(folder.parent, of=folder.name)
 
 
 def _link(source: str, target: str) -> None:
