@@ -187,6 +187,13 @@ def test_wrong_configuration(config, text, message):
     assert message in str(error.value)
 
 
+def test_a_configuration_that_is_no_text(config):
+    option, path = config("mode: merge")
+    Path(path).write_bytes(b"\xff\xfe")
+    with pytest.raises(UsageError, match="is not valid YAML"):
+        _parse("a", option, path)
+
+
 class _Parsed(Exception):
     pass
 

@@ -168,7 +168,7 @@ def _read_settings(path: Path, fields: dict[str, dataclasses.Field], prog: str) 
 
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"`{path}` is not valid YAML: {' '.join(str(error).split())}", prog) from error
     if not isinstance(settings, dict):
         raise UsageError(f"`{path}` must map names of options to values; got a {type(settings).__name__}.", prog)

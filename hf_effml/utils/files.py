@@ -6,7 +6,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ _ENDING = ".unfinished"
 _LEFTOVER = re.compile(r"\..+\.([a-z0-9_]{8}\.unfinished|\d+\.tmp)|\.tmp[A-Za-z0-9]{6}", re.DOTALL)
 # So many bytes of a name leave room for what is added to it.
 _MAX_NAME = 200
+_TRIES = 100
 
 
 @contextmanager
@@ -101,13 +102,11 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
     try:
         unfinished.mkdir()
         yield unfinished
-        if path.exists():
-            unfinished.chmod(path.stat().st_mode & 0o777)
-            os.replace(path, old)
-        os.replace(unfinished, path)
+        _swap(unfinished, path, old)
     finally:
         if old.exists() and not path.exists():
-            os.replace(old, path)
+            with suppress(OSError):  # another was faster
+                os.replace(old, path)
         shutil.rmtree(beside, ignore_errors=True)
 
 
@@ -214,12 +213,28 @@ def remove_leftovers(folder: str | Path, of: str | None = None) -> None:
                 shutil.rmtree(path)
 
 
+def _swap(new: Path, path: Path, old: Path) -> None:
+    """Others may be replacing the folder in the same instant; the last one wins."""
+    for tries_left in reversed(range(_TRIES)):
+        try:
+            if path.exists():
+                shutil.rmtree(old, ignore_errors=True)
+                new.chmod(path.stat().st_mode & 0o777)
+                os.replace(path, old)
+            os.replace(new, path)
+            return
+        except OSError:
+            if not tries_left:
+                raise
+
+
 def _bring_back(path: Path) -> None:
     """Puts a folder back in its place that a kill has left beside it."""
     if not path.exists() and path.parent.is_dir():
         for beside in path.parent.iterdir():
             if _is_leftover_of(beside.name, path.name) and (beside / "old").exists():
-                os.replace(beside / "old", path)
+                with suppress(OSError):  # another was faster
+                    os.replace(beside / "old", path)
                 return
 
 

@@ -165,3 +165,20 @@ def test_folders_of_others_are_no_leftovers(tmp_path):
     remove_leftovers(tmp_path)
     assert sorted(os.listdir(tmp_path)) == [".tmp_mine_", ".tmpfolder"]
     assert differing_settings({"a": float("nan"), "b": 1}, {"a": float("nan"), "b": 1.0}) == []
+
+
+def test_many_may_replace_a_folder_at_once(tmp_path):
+    def write(number: int) -> None:
+        for _ in range(40):
+            with replacing_folder(tmp_path / "folder") as path:
+                (path / "a").write_text(str(number))
+                (path / "b").write_text(str(number))
+
+    processes = [get_context("fork").Process(target=write, args=(number,)) for number in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert (tmp_path / "folder" / "a").read_text() == (tmp_path / "folder" / "b").read_text()
+    assert os.listdir(tmp_path) == ["folder"]
