@@ -104,6 +104,7 @@ def test_wheel_holds_the_tree(wheel):
     assert f"{info.pop()}/licenses/LICENSE" in names
 
 
+@pytest.mark.slow
 def test_wheel_works_without_the_checkout(wheel, tmp_path):
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)

@@ -47,5 +47,7 @@ def read_recipes(program: str | Path) -> dict[str, dict[str, Any]]:
     path = recipe_file(program)
     if not path.is_file():
         return {}
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    # The one in C reads a file in a tenth of the time.
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    content = yaml.load(path.read_text(encoding="utf-8"), loader)
     return {name: settings for name, settings in content.items() if not name.startswith("_")}

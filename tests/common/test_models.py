@@ -30,11 +30,29 @@ def test_checks_that_are_left_out_exist():
             assert f"test_{name}" in globals() and len(reason.split()) > 3, (case.model_class.__name__, name)
 
 
+ALWAYS_COMPILED = {"ConvNetForImageClassification", "DyVMForImageClassification"}
+
+
 def every_model(check: Any) -> Any:
     """Run a check with every case that does not say why it has no part in it."""
     name = check.__name__.removeprefix("test_")
     cases = [case for case in MODELS if name not in case.without]
     return pytest.mark.parametrize("case", cases, ids=lambda case: case.model_class.__name__)(check)
+
+
+def every_model_one_of_a_family_first(check: Any) -> Any:
+    """The same for what takes seconds: the classifier that does most of its family in every run, the others slowly."""
+    name = check.__name__.removeprefix("test_")
+    cases = [
+        pytest.param(
+            case,
+            id=case.model_class.__name__,
+            marks=[] if case.model_class.__name__ in ALWAYS_COMPILED else pytest.mark.slow,
+        )
+        for case in MODELS
+        if name not in case.without
+    ]
+    return pytest.mark.parametrize("case", cases)(check)
 
 
 def run(model: Any, inputs: dict[str, Any], **more: Any) -> tuple:
@@ -413,7 +431,7 @@ def test_lora(case):
 # Compilers
 
 
-@every_model
+@every_model_one_of_a_family_first
 def test_export(case):
     model = case.build()
     inputs = case.inputs(model) | {"return_dict": True}
@@ -423,7 +441,7 @@ def test_export(case):
         assert_close(dict(program.module()(**again, return_dict=True)), dict(model(**again)), 1e-5)
 
 
-@every_model
+@every_model_one_of_a_family_first
 def test_compile(case):
     """Traced in one graph, forward and backward; the code generator is left out, which only costs time here."""
     model = case.build()

@@ -107,7 +107,9 @@ def test_what_decays_in_vim(tmp_path):
     assert "classifier.weight" in decayed and not any("pos_embed" in name for name in decayed)
 
 
-def test_what_decays_under_an_adapter(tmp_path):
+def test_what_decays_under_an_adapter(tmp_path, monkeypatch):
+    # PEFT asks the Hub about the base model, and waits for an answer 23 s long.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     peft = require_package("peft")
     model = VimForImageClassification(tiny_vim_config())
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["in_proj"], modules_to_save=["classifier"]))

@@ -134,7 +134,13 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+# One of the family in every run, the others with the slow ones.
+ROUND_TRIPS = [
+    pytest.param(case, id=name, marks=[] if name == "rmeeto" else pytest.mark.slow) for name, case in CASES.items()
+]
+
+
+@pytest.mark.parametrize("case", ROUND_TRIPS)
 def test_push_here_load_there(hub, client, case):
     client.run(PUSH.substitute(case), home="pusher", token=ALICE)
     # Nothing of the pusher's process but the expected tensors is left.

@@ -229,6 +229,7 @@ def stories(shared_data):
     return model, AutoTokenizer.from_pretrained(folder), load_text(str(shared_data / "text" / "tinystories"))
 
 
+@pytest.mark.slow
 def test_loss_of_the_trained_llama(stories, shared_data):
     model, tokenizer, data = stories
     expected = json.loads((shared_data / "llama-stories260k" / "reference.json").read_text())["nll_nats_per_token"]
@@ -243,6 +244,7 @@ def test_loss_of_the_trained_llama(stories, shared_data):
     assert total / tokens == pytest.approx(expected["nll"], abs=2e-4)
 
 
+@pytest.mark.slow
 def test_what_routing_costs_the_trained_llama(stories):
     model, tokenizer, data = stories
     windows = make_windows(data.test, tokenizer, 256, limit=32, single_line_breaks=True)

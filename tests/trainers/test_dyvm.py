@@ -196,6 +196,7 @@ def test_baselines_train_at_their_rates(tmp_path, selection):
     )
 
 
+@pytest.mark.slow
 def test_shares_go_to_what_is_asked_for(tmp_path):
     trainer = make_trainer(
         tmp_path, dyvm(block_gate_bias_init=2.0), max_steps=120, logging_steps=30, per_device_train_batch_size=16

@@ -303,6 +303,7 @@ def test_gates_are_open_as_often_as_their_probability_says():
     assert torch.equal(gating._replace(noise=None, threshold=0.7).decide(logits)[0], torch.tensor([1.0, 0.0]))
 
 
+@pytest.mark.slow
 def test_ratio_losses_reach_their_targets():
     model = build(token_keep_ratio=[0.6, 0.3], block_keep_ratio=0.7).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
@@ -380,6 +381,7 @@ def test_autocast(training):
     assert all(gradient.isfinite().all() for gradient in existing_gradients(model).values())
 
 
+@pytest.mark.slow
 def test_compiled_training_step():
     model = build(num_hidden_layers=3, pruning_layers=[1, 2]).train()
     given, generator = pixels(model.config, 3), random_gates(3, blocks=3)

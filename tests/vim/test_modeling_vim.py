@@ -566,6 +566,7 @@ def train_on_digits(digits, folder, **arguments):
     return trainer
 
 
+@pytest.mark.slow
 def test_loss_falls_on_digits(digits, tmp_path):
     trainer = train_on_digits(digits, tmp_path, max_steps=25)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
