@@ -59,3 +59,15 @@ def test_table_is_honest(method):
 def test_citations_are_those_of_the_methods():
     for citation in (code for language, code in BLOCKS if language == "bibtex"):
         assert citation.strip() in [method.citation for method in METHODS]
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[1] / "hf_effml").glob("*/README.md")), ids=lambda path: path.parent.name
+)
+def test_imports_of_the_folders_readmes_work(path):
+    """Their blocks train too long for a test; a name that moved shows all the same."""
+    blocks = re.findall(r"^```python\n(.*?)^```", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines() if re.match(r"\s*from (hf_effml|\.)", line)]
+    assert lines
+    for line in lines:
+        exec(line.strip(), {})
