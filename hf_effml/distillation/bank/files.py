@@ -3,7 +3,7 @@
 import hashlib
 import json
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from hf_effml.utils.files import write_json, write_safetensors
+from hf_effml.utils.shards import differing_settings
 
 
 __all__ = [
@@ -87,12 +88,7 @@ def different_settings(there: Mapping[str, Any], here: Mapping[str, Any]) -> lis
     Returns:
         `list[str]`: one phrase for each setting; empty if experts of both fit together.
     """
-    here = json.loads(json.dumps(here))
-    return [
-        f"`{name}` is {_short(old)} there and {_short(new)} here"
-        for setting in _SETTINGS
-        for name, old, new in _differences(setting, there.get(setting), here.get(setting))
-    ]
+    return differing_settings(*({name: bank.get(name) for name in _SETTINGS} for bank in (there, here)))
 
 
 def read_bank(path: str | Path) -> dict[str, Any]:
@@ -211,16 +207,3 @@ def mean_accuracies(metadata: Mapping[str, Any], split: str) -> dict[int, tuple[
             if entry.get(f"{split}_accuracy") is not None:
                 values.setdefault(entry["epoch"], []).append(entry[f"{split}_accuracy"])
     return {epoch: (statistics.mean(each), statistics.pstdev(each)) for epoch, each in sorted(values.items())}
-
-
-def _differences(name: str, there: Any, here: Any) -> Iterator[tuple[str, Any, Any]]:
-    if isinstance(there, Mapping) and isinstance(here, Mapping):
-        for key in sorted(there.keys() | here.keys()):
-            yield from _differences(f"{name}.{key}", there.get(key), here.get(key))
-    elif there != here:
-        yield name, there, here
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:40]} ... ({len(text)} characters)"
