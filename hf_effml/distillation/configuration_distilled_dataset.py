@@ -8,6 +8,15 @@ from transformers import PreTrainedConfig
 from .differentiable_augmentation import AugmentationSettings
 
 
+try:
+    from hf_effml.utils.model_kinds import read_config_dict
+except ImportError:  # a saved folder, which brings its own kind, where the package is not installed
+
+    def read_config_dict(read: Any, wanted: Any, *args: Any, **options: Any) -> Any:  # type: ignore[misc]
+        """Reads a configuration as it is."""
+        return read(*args, **options)
+
+
 @strict
 class DistilledDatasetConfig(PreTrainedConfig):
     r"""Configuration of [`DistilledDatasetModel`]: the shape of the synthetic set, and what it was made from and for.
@@ -69,6 +78,11 @@ class DistilledDatasetConfig(PreTrainedConfig):
         if isinstance(self.image_size, tuple):
             self.image_size = list(self.image_size)
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Reads a saved configuration; that of another kind of model is refused."""
+        return read_config_dict(super().get_config_dict, cls.model_type, *args, **kwargs)
 
     def validate_shape(self) -> None:
         """Check ranges; called by `strict` on construction."""

@@ -1,9 +1,18 @@
 """Configurations of token routing: of a router, and of whole checkpoints that carry one."""
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+
+
+try:
+    from hf_effml.utils.model_kinds import read_config_dict
+except ImportError:  # a saved folder, which brings its own kind, where the package is not installed
+
+    def read_config_dict(read: Any, wanted: Any, *args: Any, **options: Any) -> Any:  # type: ignore[misc]
+        """Reads a configuration as it is."""
+        return read(*args, **options)
 
 
 # No block may skip more than this share: the first and the last token always go through.
@@ -108,6 +117,11 @@ class TokenRouterConfig(PreTrainedConfig):
     base_model_revision: str | None = None
     num_hidden_layers: int | None = None
 
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Reads a saved configuration; that of another kind of model is refused."""
+        return read_config_dict(super().get_config_dict, cls.model_type, *args, **kwargs)
+
     @property
     def is_learned(self) -> bool:
         """Whether the router's parameters take part in the decisions."""
@@ -209,8 +223,23 @@ class TokenRouterConfig(PreTrainedConfig):
             )
 
 
+# For type checkers: the next class in line is that of the language model.
+_Config: Any = PreTrainedConfig if TYPE_CHECKING else object
+
+
+class _CheckpointConfig(_Config):
+    """What the configurations of whole checkpoints share."""
+
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Reads a saved configuration; that of the plain language model serves, too, another is refused."""
+        kinds = (cls.model_type, cls.model_type.removeprefix("token_router_"))
+        values, unused = read_config_dict(super().get_config_dict, kinds, *args, **kwargs)
+        return values | {"model_type": cls.model_type}, unused
+
+
 @strict
-class TokenRouterLlamaConfig(LlamaConfig):
+class TokenRouterLlamaConfig(_CheckpointConfig, LlamaConfig):
     r"""Configuration of [`TokenRouterLlamaForCausalLM`]: a Llama's, and the router's.
 
     Args:
@@ -225,7 +254,7 @@ class TokenRouterLlamaConfig(LlamaConfig):
 
 
 @strict
-class TokenRouterQwen2Config(Qwen2Config):
+class TokenRouterQwen2Config(_CheckpointConfig, Qwen2Config):
     r"""Configuration of [`TokenRouterQwen2ForCausalLM`]: a Qwen2's, and the router's.
 
     Args:
@@ -240,7 +269,7 @@ class TokenRouterQwen2Config(Qwen2Config):
 
 
 @strict
-class TokenRouterQwen3Config(Qwen3Config):
+class TokenRouterQwen3Config(_CheckpointConfig, Qwen3Config):
     r"""Configuration of [`TokenRouterQwen3ForCausalLM`]: a Qwen3's, and the router's.
 
     Args:

@@ -8,6 +8,19 @@ from transformers import PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
 
 
+try:
+    from hf_effml.utils.model_kinds import read_config_dict
+except ImportError:  # a saved folder, which brings its own kind, where the package is not installed
+
+    def read_config_dict(read: Any, wanted: Any, *args: Any, **options: Any) -> Any:  # type: ignore[misc]
+        """Reads a configuration as it is."""
+        return read(*args, **options)
+
+
+# Their weights are those of a Vim, and more: each loads from the folders of the others.
+_KINDS = ("vim", "rmeeto_vim", "dyvm")
+
+
 @strict
 class VimConfig(BackboneConfigMixin, PreTrainedConfig):
     r"""Configuration of [`VimModel`] and its heads.
@@ -132,6 +145,11 @@ class VimConfig(BackboneConfigMixin, PreTrainedConfig):
             out_features=kwargs.pop("out_features", None), out_indices=kwargs.pop("out_indices", None)
         )
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Reads a saved configuration; that of a model which is no Vim is refused."""
+        return read_config_dict(super().get_config_dict, _KINDS, *args, **kwargs)
 
     def validate_architecture(self) -> None:
         """Check ranges and combinations; called by `strict` on construction."""
