@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-from huggingface_hub.errors import StrictDataclassFieldValidationError
+from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassFieldValidationError
 from transformers import TrainingArguments
 
+from hf_effml import __version__
 from hf_effml.cli.commands import command_line_of, scripts_folder
 from hf_effml.cli.main import main
 from hf_effml.cli.parsing import UsageError, parse_arguments, run_script
 from hf_effml.cli.recipes import read_recipes
+from hf_effml.trainers.arguments import EffMLTrainingArguments
 
 
 COMMAND = Path(sys.executable).parent / "hf-effml"
@@ -27,6 +29,12 @@ RECIPES = [(p.stem, name) for p in sorted(scripts_folder().glob("[!_]*.py")) for
 def _words(program: str) -> list[str]:
     """The command that runs a program: `train_rmeeto` is `train rmeeto`, `convert_vim` is `convert`."""
     return command_line_of(program).split()[1:]
+
+
+# Nine lines that stand for a billion values.
+_BILLION = "\n".join(
+    ["a0: &a0 [x]", *(f"a{n}: &a{n} [{', '.join(10 * [f'*a{n - 1}'])}]" for n in range(1, 10))],
+)
 
 
 @dataclass
@@ -172,13 +180,47 @@ def test_wrong_arguments(argv, message):
 
 
 @pytest.mark.parametrize(
+    "argv, same",
+    [(["help"], ["--help"]), (["help", "train"], ["train", "--help"]), (["help", "methods"], ["methods", "--help"])],
+)
+def test_help_is_a_command_too(argv, same, capsys):
+    texts = []
+    for words in (argv, same):
+        try:
+            assert main(words) == 0
+        except SystemExit as end:
+            assert end.code == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != ""
+
+
+def test_the_package_runs_as_a_module():
+    run = [sys.executable, "-m", "hf_effml", "--version"]
+    outcome = subprocess.run(run, capture_output=True, text=True)
+    assert outcome.returncode == 0 and outcome.stdout.strip() == __version__
+
+
+@pytest.mark.parametrize(
     "text, message",
     [
         ("moed: merge", "`moed` in `settings.yaml` is no option; did you mean `mode`?"),
         ("- merge", "must map names of options to values; got a list."),
         ("a: [", "is not valid YAML"),
         ("mode: melt", "invalid choice: 'melt'"),
-        ("sizes: [few]", "invalid int value: 'few'"),
+        ("sizes: [few]", "`sizes` in `settings.yaml`: argument --sizes: invalid int value: 'few'"),
+        ("", "is empty. Write one option a line"),
+        ("ratio: 1\nmode: merge\nratio: 2", "`ratio` is there twice"),
+        ("ratio: .nan", "`ratio` in `settings.yaml`: `ratio` must be a finite number; got nan."),
+        ("mode: no", "invalid choice: 'no'"),
+        ("mode: null", "`mode` in `settings.yaml`: it is empty, and must have a value."),
+        ("mode: [merge]", "`mode` in `settings.yaml`: it is a list, and must be one value"),
+        ("sizes: [1, null]", "it must be a list of plain values"),
+        ("ratio: {a: 1}", "it is a mapping, and must be a plain value"),
+        ("source: 1.10", "it is the number 1.1, and must be a text. Write it in quotes."),
+        (_BILLION, "more than 100,000 values"),
+        ("ratio: &a [*a]", "a value that contains itself"),
+        ("ratio: " + 100 * "[", "is not valid YAML"),
+        ("ratio: " + 100 * "[" + 100 * "]", "more than 40 levels of nesting"),
     ],
 )
 def test_wrong_configuration(config, text, message):
@@ -192,6 +234,39 @@ def test_a_configuration_that_is_no_text(config):
     Path(path).write_bytes(b"\xff\xfe")
     with pytest.raises(UsageError, match="is not valid YAML"):
         _parse("a", option, path)
+
+
+def test_a_configuration_that_is_not_there(tmp_path):
+    with pytest.raises(UsageError, match="`--config .*settings.yaml` cannot be read: No such file"):
+        _parse("a", "--config", str(tmp_path / "settings.yaml"))
+
+
+def test_values_are_typed_by_their_fields(config):
+    text = "lr_scheduler_kwargs: {min_lr: 1e-6}\nsave_strategy: no\nreport_to: null\nsizes: []\nshuffle: no\n"
+    options, arguments = _parse("a", *config(text), types=(Options, EffMLTrainingArguments))
+    assert arguments.lr_scheduler_kwargs == {"min_lr": 1e-6}
+    assert arguments.save_strategy == "no" and arguments.report_to == []
+    assert options.sizes == [] and options.shuffle is False
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("per_device_train_batch_size", "-4"),
+        ("per_device_eval_batch_size", "0"),
+        ("gradient_accumulation_steps", "0"),
+        ("learning_rate", "-1"),
+        ("learning_rate", "nan"),
+        ("weight_decay", "inf"),
+        ("num_train_epochs", "-1"),
+        ("seed", "-1"),
+        ("save_total_limit", "0"),
+        ("dataloader_num_workers", "-1"),
+    ],
+)
+def test_impossible_numbers_are_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=f"`{name}` must be .*; got {value}"):
+        _parse("a", f"--{name}", value, types=(Options, EffMLTrainingArguments))
 
 
 class _Parsed(Exception):
@@ -228,7 +303,11 @@ def test_every_recipe_that_a_recipe_names_exists():
         (ImportError("`timm` is needed here"), 2, "error: `timm` is needed here"),
         (StrictDataclassFieldValidationError("merge_r", ValueError("-1")), 2, "error: Validation error for field"),
         (RuntimeError("out of memory"), 1, "error: RuntimeError: out of memory"),
-        (KeyboardInterrupt(), 1, "interrupted"),
+        (
+            StrictDataclassClassValidationError("validate_merge", ValueError("`merge_r` is -1.")),
+            2,
+            "error: `merge_r` is -1.",
+        ),
     ],
 )
 def test_errors_end_in_two_lines(error, code, line, capsys):

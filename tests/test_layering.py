@@ -21,7 +21,8 @@ PORTABLE_PACKAGES = {"PIL", "huggingface_hub", "numpy", "safetensors", "torch", 
 # `vision` is what the trainers of image models share beyond the card: mixup, moving average; PAD and EDF are
 # trajectory matching with a filter more.
 TRAINER_BASES = {
-    f"hf_effml.trainers.{name}" for name in ("base", "trajectory_matching", "trajectory_matching_arguments", "vision")
+    f"hf_effml.trainers.{name}"
+    for name in ("arguments", "base", "trajectory_matching", "trajectory_matching_arguments", "vision")
 }
 # From plain settings to a result, with the trainers of others on the way: what programs share.
 WHOLE_ROADS = ("distillation", "expert_bank")
@@ -36,6 +37,7 @@ MAY_IMPORT = {
     "trainers": SUBJECTS | {"hub", "methods", "utils"},
     "cli": {"__init__", "methods", "utils"},
     "__init__": SUBJECTS | {"trainers", "utils"},
+    "__main__": {"cli"},
 }
 
 

@@ -2,8 +2,10 @@
 
 import copy
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import MISSING, fields
 from enum import Enum
 from pathlib import Path
@@ -20,6 +22,7 @@ from hf_effml.hub.training_log import CURVE_NAME, draw_log
 from hf_effml.methods import FOUNDATIONS, METHODS
 from hf_effml.utils.files import remove_leftovers, write_text
 from hf_effml.utils.imports import usable
+from hf_effml.utils.run_lock import only_run_in
 
 
 logger = logging.get_logger(__name__)
@@ -85,9 +88,17 @@ class EffMLTrainer(Trainer):
         Returns:
             `str` or `None`: the folder; `None` to start anew.
         """
-        if str(resume_from_checkpoint).lower() != "true":
-            return str(resume_from_checkpoint) if resume_from_checkpoint else None
         found = last_complete_checkpoint(self.args.output_dir)
+        if not resume_from_checkpoint or str(resume_from_checkpoint).lower() == "false":
+            return None
+        if str(resume_from_checkpoint).lower() != "true":
+            if not _is_complete(Path(str(resume_from_checkpoint))):
+                advice = f"The newest one of this run is `{found}`." if found else "Leave it out to start anew."
+                raise ValueError(
+                    f"`resume_from_checkpoint`: `{resume_from_checkpoint}` is no folder with a complete checkpoint. "
+                    f"{advice}"
+                )
+            return str(resume_from_checkpoint)
         if found is None:
             logger.warning(f"`{self.args.output_dir}` holds no complete checkpoint; training starts anew.")
         return found
@@ -105,10 +116,16 @@ class EffMLTrainer(Trainer):
             `TrainOutput`: steps, loss and timings.
         """
         checkpoint = self.find_checkpoint(resume_from_checkpoint)
-        if self.is_world_process_zero():
-            # Of runs that were killed while they wrote.
-            remove_leftovers(self.args.output_dir)
-        return super().train(resume_from_checkpoint=checkpoint, **kwargs)
+        alone = self.is_world_process_zero()
+        with only_run_in(self.args.output_dir) if alone else nullcontext():
+            if alone:
+                # Of runs that were killed while they wrote.
+                remove_leftovers(self.args.output_dir)
+            try:
+                return super().train(resume_from_checkpoint=checkpoint, **kwargs)
+            except KeyboardInterrupt as error:
+                error.add_note(_how_to_go_on(self.args.output_dir))
+                raise
 
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
         """Creates the repository and keeps the pickled arguments, which hold paths and maybe a token, out of it.
@@ -236,8 +253,17 @@ def last_complete_checkpoint(folder: str | Path) -> str | None:
     Returns:
         `str` or `None`: the checkpoint's folder.
     """
-    checkpoints = sorted(Path(folder).glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    # Others, such as `checkpoint-best`, are somebody's copies.
+    numbered = (path for path in Path(folder).glob("checkpoint-*") if re.fullmatch(r"checkpoint-[0-9]+", path.name))
+    checkpoints = sorted(numbered, key=lambda path: int(path.name.rpartition("-")[2]))
     return next((str(path) for path in reversed(checkpoints) if _is_complete(path)), None)
+
+
+def _how_to_go_on(folder: str | Path) -> str:
+    checkpoint = last_complete_checkpoint(folder)
+    if checkpoint is None:
+        return "There is no checkpoint yet to go on from; `--save_steps` says how often one is written."
+    return f"The same command with `--resume_from_checkpoint true` goes on from `{checkpoint}`."
 
 
 def _is_complete(checkpoint: Path) -> bool:

@@ -7,7 +7,6 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainingArguments
 
 from hf_effml.token_router.modeling_token_router import TokenRouterModel
 from hf_effml.token_router.patching import RoutingHook, copy_config, disable_routing, find_decoder, is_patched
@@ -19,11 +18,12 @@ from hf_effml.token_router.router_losses import (
 )
 from hf_effml.token_router.routing_state import RoutingState
 
+from .arguments import EffMLTrainingArguments
 from .base import EffMLTrainer
 
 
 @dataclass
-class TokenRouterTrainingArguments(TrainingArguments):
+class TokenRouterTrainingArguments(EffMLTrainingArguments):
     """How to train a token router.
 
     The paper (https://huggingface.co/papers/2412.11494) names the three losses and trains on Alpaca with batches of

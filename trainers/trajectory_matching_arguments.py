@@ -4,17 +4,18 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from transformers import TrainingArguments
 
 from hf_effml.distillation.evaluation.protocols import get_protocol
 from hf_effml.distillation.matching import MatchingSettings
+
+from .arguments import EffMLTrainingArguments
 
 
 __all__ = ["TrajectoryMatchingTrainingArguments"]
 
 
 @dataclass
-class TrajectoryMatchingTrainingArguments(TrainingArguments):
+class TrajectoryMatchingTrainingArguments(EffMLTrainingArguments):
     """How to distil; what is not said here is as in [`~transformers.TrainingArguments`].
 
     A step matches `per_device_train_batch_size` segments of experts' trajectories on every process. The papers match

@@ -24,6 +24,7 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 from hf_effml.utils.augmentation import MixupCollator
 from hf_effml.utils.files import write_safetensors
 
+from .arguments import EffMLTrainingArguments
 from .base import EffMLTrainer
 
 
@@ -31,7 +32,7 @@ AVERAGE_NAME = "weight_average.safetensors"
 
 
 @dataclass
-class VisionTrainingArguments(TrainingArguments):
+class VisionTrainingArguments(EffMLTrainingArguments):
     """How to train an image model; what is not said here is as in [`~transformers.TrainingArguments`].
 
     Args:

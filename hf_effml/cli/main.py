@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
             The arguments; those of the process by default.
 
     Returns:
-        `int`: 0 done, 1 failed, 2 wrong use.
+        `int`: 0 done, 1 failed, 2 wrong use, 130 interrupted.
     """
     return run_script(run_command, argv)
 
@@ -44,6 +44,9 @@ def run_command(argv: list[str] | None) -> dict[str, Any] | None:
     """
     name, *rest = argv or ["--help"]
     commands = existing_commands()
+    if name == "help":
+        # `help train vim` is `train vim --help`.
+        name, *rest = [*rest, "--help"]
     if name in ("--help", "-h"):
         print(_overview(commands))
         return None

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import gc
 import json
 import os
 import sys
@@ -10,17 +11,14 @@ from collections.abc import Callable, Iterable
 from contextlib import nullcontext, redirect_stdout
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NoReturn
-
-from hf_effml.utils.imports import explain_failed_import
+from types import NoneType
+from typing import Any, NoReturn, get_args, get_type_hints
 
 from .commands import command_line_of
+from .errors import INTERRUPTED, exit_code, explain, explain_interruption
 from .help_text import COMMON_OPTIONS, program_help
 from .recipes import read_recipes, recipe_file
-
-
-# Errors that the user can mend; everything else is a failure of the program.
-_WRONG_USE = (ValueError, TypeError, ImportError, OSError)
+from .settings import as_options, check_finite, check_type, read_settings
 
 
 class UsageError(ValueError):
@@ -61,6 +59,7 @@ def parse_arguments(
         `tuple`: one instance per dataclass, in order.
     """
     prog = command_line_of(program)
+    optional = _optional_fields(dataclass_types)
     parser = _dataclass_parser(dataclass_types, prog)
     common, arguments = _common_parser(prog).parse_known_args(sys.argv[1:] if argv is None else argv)
     recipes = read_recipes(program)
@@ -68,15 +67,8 @@ def parse_arguments(
         print(program_help(prog, description or "", dataclass_types, recipes, everything=common.help_all))
         raise SystemExit(0)
     fields = {field.name: field for cls in dataclass_types for field in dataclasses.fields(cls) if field.init}
-    settings: dict[str, Any] = {}
-    if common.recipe is not None:
-        if common.recipe not in recipes:
-            raise UsageError(f"`{common.recipe}` is no recipe; there are: {', '.join(recipes) or 'none'}.", prog)
-        recipe = {name: value for name, value in recipes[common.recipe].items() if name != "about"}
-        settings |= _check_settings(recipe, recipe_file(program), fields, prog)
-    if common.config is not None:
-        settings |= _read_settings(Path(common.config), fields, prog)
-    values = _convert(parser, fields, settings, arguments)
+    files = _settings_of(common, program, recipes, prog)
+    values = _convert(parser, fields, optional, files, arguments)
     return tuple(cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.init}) for cls in dataclass_types)
 
 
@@ -92,11 +84,12 @@ def run_script(main: Callable[[list[str] | None], dict[str, Any] | None], argv: 
             The arguments; those of the process by default.
 
     Returns:
-        `int`: 0 done, 1 failed, 2 wrong use.
+        `int`: 0 done, 1 failed, 2 wrong use, 130 interrupted.
     """
     argv = sys.argv[1:] if argv is None else argv
     as_json = "--json" in argv
     results: dict[str, Any] | None
+    last_words = None
     try:
         with redirect_stdout(sys.stderr) if as_json else nullcontext():
             results, code = main(argv), 0
@@ -104,12 +97,15 @@ def run_script(main: Callable[[list[str] | None], dict[str, Any] | None], argv: 
         # The reader, `head` for example, has enough. Python flushes stdout at exit; that must not fail as well.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except KeyboardInterrupt:
-        results, code = {"error": "interrupted"}, 1
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        results, code, last_words = {"error": "interrupted"}, INTERRUPTED, explain_interruption(error)
     except Exception as error:
-        results, code = {"error": str(error)}, 2 if _is_wrong_use(error) else 1
-        _report(error, debug="--debug" in argv)
+        results, code = {"error": str(error)}, exit_code(error)
+        _report(error, argv)
+    if last_words is not None:
+        # Progress bars write a last time when what was interrupted goes; this comes below them.
+        gc.collect()
+        print(last_words, file=sys.stderr)
     if as_json:
         print(json.dumps(results or {}))
     return code
@@ -163,81 +159,90 @@ def _common_parser(prog: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _read_settings(path: Path, fields: dict[str, dataclasses.Field], prog: str) -> dict[str, Any]:
-    import yaml
-
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"`{path}` is not valid YAML: {' '.join(str(error).split())}", prog) from error
-    if not isinstance(settings, dict):
-        raise UsageError(f"`{path}` must map names of options to values; got a {type(settings).__name__}.", prog)
-    return _check_settings(settings, path, fields, prog)
-
-
-def _check_settings(
-    settings: dict[str, Any], path: Path, fields: dict[str, dataclasses.Field], prog: str
-) -> dict[str, Any]:
-    for key in map(str, settings):
-        if key not in fields:
-            raise UsageError(f"`{key}` in `{path.name}` is no option{did_you_mean(key, fields)}", prog)
-    return settings
+def _settings_of(
+    common: argparse.Namespace, program: str, recipes: dict[str, dict[str, Any]], prog: str
+) -> list[tuple[Path, dict[str, Any]]]:
+    """The settings of the recipe and of the configuration file, each with the file they stand in."""
+    found = []
+    if common.recipe is not None:
+        if common.recipe not in recipes:
+            raise UsageError(f"`{common.recipe}` is no recipe; there are: {', '.join(recipes) or 'none'}.", prog)
+        recipe = {name: value for name, value in recipes[common.recipe].items() if name != "about"}
+        found.append((recipe_file(program), recipe))
+    if common.config is not None:
+        path = Path(common.config)
+        try:
+            found.append((path, read_settings(path)))
+        except ValueError as error:
+            raise UsageError(str(error), prog) from error
+    return found
 
 
 def _convert(
     parser: argparse.ArgumentParser,
     fields: dict[str, dataclasses.Field],
-    settings: dict[str, Any],
+    optional: set[str],
+    files: list[tuple[Path, dict[str, Any]]],
     arguments: list[str],
 ) -> dict[str, Any]:
     """Sends the settings and then the command line through the same conversions."""
     positional = {key for key, field in fields.items() if field.metadata.get("positional")}
-    parser.set_defaults(**{key: str(value) for key, value in settings.items() if key in positional})
-    namespace = parser.parse_args(_as_options({k: v for k, v in settings.items() if k not in positional}))
-    for key in (key for key, value in settings.items() if value is None):
-        setattr(namespace, key, None)
+    namespace = parser.parse_args([])
+    actions = {action.dest: action for action in parser._actions}
+    for path, settings in files:
+        for key, value in settings.items():
+            if key not in fields:
+                raise UsageError(f"`{key}` in `{path.name}` is no option{did_you_mean(key, fields)}", parser.prog)
+            try:
+                check_type(key, value, actions[key], key in optional)
+                if key in positional:
+                    parser.set_defaults(**{key: str(value)})
+                elif value is None or value == []:
+                    setattr(namespace, key, value)
+                else:
+                    parser.parse_args(as_options(key, value), namespace)
+            except ValueError as error:
+                message = str(error).partition("\n")[0]
+                raise UsageError(f"`{key}` in `{path.name}`: {message}", parser.prog) from error
     namespace, unknown = parser.parse_known_args(arguments, namespace)
-    if unknown:
-        name = unknown[0].partition("=")[0]
-        options = [*COMMON_OPTIONS, *(f"--{key}" for key in fields if key not in positional)]
-        if not name.startswith("-"):
-            raise UsageError(f"`{name}` is one argument too many.", parser.prog)
-        raise UsageError(f"`{name}` is no option{did_you_mean(name, options)}", parser.prog)
+    _refuse_unknown(unknown, [key for key in fields if key not in positional], parser.prog)
     values = vars(namespace)
     missing = [
         key.upper() if key in positional else f"--{key}" for key in fields if values[key] is dataclasses.MISSING
     ]
     if missing:
         raise UsageError(f"`{'`, `'.join(missing)}` must be given.", parser.prog)
+    for key in fields:
+        try:
+            check_finite(key, values[key])
+        except ValueError as error:
+            raise UsageError(str(error), parser.prog) from error
     return values
 
 
-def _as_options(settings: dict[str, Any]) -> list[str]:
-    """Lists keep their items apart, mappings travel as JSON, and null has no spelling on a command line."""
-    options: list[str] = []
-    for key, value in settings.items():
-        if isinstance(value, list):
-            options += [f"--{key}", *map(str, value)]
-        elif value is not None:
-            options.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
-    return options
+def _refuse_unknown(words: list[str], options: list[str], prog: str) -> None:
+    if words:
+        name = words[0].partition("=")[0]
+        if not name.startswith("-"):
+            raise UsageError(f"`{name}` is one argument too many.", prog)
+        known = [*COMMON_OPTIONS, *(f"--{key}" for key in options)]
+        raise UsageError(f"`{name}` is no option{did_you_mean(name, known)}", prog)
 
 
-def _is_wrong_use(error: Exception) -> bool:
-    # What a configuration with an impossible value raises; by name, because huggingface_hub is slow to import.
-    strict = any(base.__name__ == "StrictDataclassError" for base in type(error).__mro__)
-    return strict or isinstance(error, _WRONG_USE)
+def _optional_fields(dataclass_types: tuple[type, ...]) -> set[str]:
+    """Names of the fields that may be `None`. To be asked before the parser is made, which changes types of fields."""
+    found = set()
+    for cls in dataclass_types:
+        hints = get_type_hints(cls)
+        found |= {f.name for f in dataclasses.fields(cls) if f.default is None or NoneType in get_args(hints[f.name])}
+    return found
 
 
-def _report(error: Exception, debug: bool) -> None:
+def _report(error: Exception, argv: list[str]) -> None:
+    debug = "--debug" in argv
     if debug:
         traceback.print_exception(error)
-    if isinstance(error, UsageError):
-        print(f"error: {error}", file=sys.stderr)
-        return
-    message = " ".join((explain_failed_import(error) or str(error)).split())
-    if not _is_wrong_use(error):
-        message = f"{type(error).__name__}: {message}"
-    print(f"error: {message or type(error).__name__}", file=sys.stderr)
-    if not debug:
+    message = str(error) if isinstance(error, UsageError) else explain(error, argv)
+    print(f"error: {message}", file=sys.stderr)
+    if not debug and not isinstance(error, UsageError):
         print("--debug shows the traceback.", file=sys.stderr)

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from .commands import scripts_folder
+from .settings import read_yaml
 
 
 def recipe_file(program: str | Path) -> Path:
@@ -42,12 +43,8 @@ def read_recipes(program: str | Path) -> dict[str, dict[str, Any]]:
 
     ```
     """
-    import yaml
-
     path = recipe_file(program)
     if not path.is_file():
         return {}
-    # The one in C reads a file in a tenth of the time.
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    content = yaml.load(path.read_text(encoding="utf-8"), loader)
+    content = read_yaml(path)
     return {name: settings for name, settings in content.items() if not name.startswith("_")}

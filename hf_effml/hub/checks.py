@@ -32,6 +32,8 @@ LEFT_OUT = [
     "_*",
     "checkpoint-*",
     "*/checkpoint-*",
+    ".run.lock",
+    "*/.run.lock",
     "*.tfevents.*",
     "*/__pycache__/*",
     "__pycache__/*",

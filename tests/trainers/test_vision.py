@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import shutil
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from helpers import require_package, tiny_vim_config
 from hf_effml import MixupCollator, VimForImageClassification, VimTrainer, VimTrainingArguments
 from hf_effml.trainers.base import last_complete_checkpoint
 from hf_effml.trainers.vision import AVERAGE_NAME, WeightAverage, accuracy
+from hf_effml.utils.run_lock import only_run_in
 
 
 def images(count=16, seed=1):
@@ -120,7 +122,26 @@ def test_checkpoints_that_were_cut_off_are_passed_over(tmp_path):
         (tmp_path / f"checkpoint-{step}").mkdir()
         if state is not None:
             (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    for name in ("checkpoint-best", "checkpoint-10-copy", "checkpoint-"):
+        shutil.copytree(tmp_path / "checkpoint-10", tmp_path / name)
     assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+
+
+def test_a_checkpoint_that_is_none_is_named(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
+    with pytest.raises(ValueError, match="`elsewhere` is no folder with a complete checkpoint. Leave it out"):
+        trainer.train(resume_from_checkpoint="elsewhere")
+    trainer.train(resume_from_checkpoint="false")
+    with pytest.raises(ValueError, match="The newest one of this run is `.*checkpoint-1`"):
+        trainer.train(resume_from_checkpoint="elsewhere")
+
+
+def test_a_folder_has_one_run_at_a_time(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=1)
+    with only_run_in(tmp_path / "run"), pytest.raises(ValueError, match="Another run is at work in"):
+        trainer.train()
+    assert trainer.train().global_step == 1
+    assert not (tmp_path / "run" / ".run.lock").exists()
 
 
 def test_nothing_to_resume_starts_anew(tmp_path):
