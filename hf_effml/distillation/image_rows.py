@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from hf_effml.utils.image_data import load_image_splits
 from hf_effml.utils.imports import require
+from hf_effml.utils.sources.image_splits import load_image_splits
+from hf_effml.utils.sources.image_table import ImageTable
 
 from .flat_student import seed_from
 
@@ -24,17 +25,14 @@ class ImageRows:
     """Images that are not read yet, with their class numbers.
 
     Args:
-        images (`Any`):
-            An array of them, or a `datasets.Dataset`.
+        images (`np.ndarray` or [`ImageTable`]):
+            The images.
         labels (`np.ndarray`):
             Class numbers.
-        column (`str`, *optional*):
-            Where a `datasets.Dataset` has the images.
     """
 
-    images: Any
+    images: np.ndarray | ImageTable
     labels: np.ndarray
-    column: str | None = None
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -50,8 +48,8 @@ class ImageRows:
         Returns:
             `ImageRows`
         """
-        images = self.images[indices] if self.column is None else self.images.select(indices)
-        return ImageRows(images, self.labels[indices], self.column)
+        images = self.images[indices] if isinstance(self.images, np.ndarray) else self.images.select(indices)
+        return ImageRows(images, self.labels[indices])
 
     def at_most(self, argument: str, most: int | None, seed: int) -> "ImageRows":
         """Takes as many of every class as possible, in their old order.
@@ -95,11 +93,12 @@ class ImageRows:
 
 
 class DataRows(NamedTuple):
-    """The rows of a data set, names of its classes, and its id and commit on the Hub if it is from there."""
+    """The rows of a data set, names and ids of its classes, and its id and commit on the Hub if it is from there."""
 
     train: ImageRows
     test: ImageRows
     names: list[str]
+    ids: list[int]
     hub_id: str | None = None
     revision: str | None = None
 
@@ -113,7 +112,7 @@ class HashedImages:
     """
 
     def __init__(self, rows: ImageRows):
-        self._images = rows.images if rows.column is None else rows.images[rows.column]
+        self._images = rows.images
         self.digest = hashlib.blake2b(digest_size=16)
 
     def __len__(self) -> int:
@@ -122,11 +121,13 @@ class HashedImages:
 
     def __iter__(self) -> Iterator[Any]:
         """Reads them one by one."""
-        for image in self._images:
+        table = self._images if isinstance(self._images, ImageTable) else None
+        for index in range(len(self)):
+            image: Any = self._images[index] if table is None else table.image(index)
             array = np.ascontiguousarray(image)
             self.digest.update(str(array.shape).encode())
             self.digest.update(array.tobytes())
-            yield image
+            yield image if table is None else table.in_range(index, image)
 
 
 def read_rows(name: str, revision: str | None = None, classes: Sequence[int] | None = None) -> DataRows:
@@ -138,7 +139,8 @@ def read_rows(name: str, revision: str | None = None, classes: Sequence[int] | N
         revision (`str`, *optional*):
             Commit, tag or branch on the Hub.
         classes (`Sequence[int]`, *optional*):
-            Numbers of the classes to keep; they are numbered anew in this order.
+            Numbers of the classes to keep, or what labels that are whole numbers call them; they are numbered anew in
+            this order.
 
     Returns:
         `DataRows`
@@ -148,33 +150,24 @@ def read_rows(name: str, revision: str | None = None, classes: Sequence[int] | N
         ValueError: If a class is unknown or given twice, or an image has none.
     """
     found = _digits() if name == "digits" else _read_splits(name, revision)
-    for rows in (found.train, found.test):
-        _check_labels(name, rows, found.names)
     if classes is None:
         return found
-    _check_classes(name, classes, found.names)
-    train, test = (_keep_classes(rows, classes, len(found.names)) for rows in (found.train, found.test))
-    return found._replace(train=train, test=test, names=[found.names[label] for label in classes])
+    numbers = _find_classes(name, classes, found.ids)
+    train, test = (_keep_classes(rows, numbers, len(found.names)) for rows in (found.train, found.test))
+    return found._replace(train=train, test=test, names=[found.names[number] for number in numbers], ids=list(classes))
 
 
-def _check_labels(name: str, rows: ImageRows, names: list[str]) -> None:
-    wrong = rows.labels[(rows.labels < 0) | (rows.labels >= len(names))]
-    if len(wrong):
-        raise ValueError(
-            f"{len(wrong)} images of `{name}` have no class: {wrong[0]} is not in 0 to {len(names) - 1}. Take a "
-            "data set whose test images are labelled."
-        )
-
-
-def _check_classes(name: str, classes: Sequence[int], names: list[str]) -> None:
-    unknown = sorted({label for label in classes if not 0 <= label < len(names)})
+def _find_classes(name: str, classes: Sequence[int], ids: list[int]) -> list[int]:
+    unknown = sorted({each for each in classes if each not in ids})
     if unknown or not len(classes):
+        known = f"{ids[0]} to {ids[-1]}" if ids == list(range(ids[0], ids[-1] + 1)) else ", ".join(map(str, ids[:20]))
         raise ValueError(
-            f"`classes` must be numbers of classes of `{name}`, which are 0 to {len(names) - 1}; got "
+            f"`classes` must be numbers of classes of `{name}`, which are {known}; got "
             f"{', '.join(map(str, unknown)) or 'none'}."
         )
     if len(set(classes)) < len(classes):
         raise ValueError(f"`classes` must name every class once; got {list(classes)}.")
+    return [ids.index(each) for each in classes]
 
 
 def check_rows(name: str, train: ImageRows, test: ImageRows, names: list[str]) -> None:
@@ -210,12 +203,9 @@ def _keep_classes(rows: ImageRows, classes: Sequence[int], known: int) -> ImageR
 
 
 def _read_splits(name: str, revision: str | None) -> DataRows:
-    splits = load_image_splits(name, revision)
-    image, label = splits.columns
-    train, test = (
-        ImageRows(rows, np.array(rows[label], dtype=np.int64), image) for rows in (splits.train, splits.test)
-    )
-    return DataRows(train, test, splits.labels, splits.hub_id, splits.revision)
+    found = load_image_splits(name, revision)
+    train, test = (ImageRows(table, table.labels) for table in (found.train, found.test))
+    return DataRows(train, test, found.labels, found.ids, found.hub_id, found.revision)
 
 
 def _digits() -> DataRows:
@@ -224,7 +214,7 @@ def _digits() -> DataRows:
     images, labels = (digits.images[order] / 16).astype(np.float32), digits.target[order]
     cut = _DIGITS_FOR_TRAINING
     train, test = ImageRows(images[:cut], labels[:cut]), ImageRows(images[cut:], labels[cut:])
-    return DataRows(train, test, [str(name) for name in digits.target_names])
+    return DataRows(train, test, [str(name) for name in digits.target_names], list(range(10)))
 
 
 def _random_ranks(labels: np.ndarray, seed: int) -> np.ndarray:

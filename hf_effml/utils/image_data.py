@@ -1,10 +1,8 @@
 """Image data sets from scikit-learn, folders, parquet files and the Hub, as what a model and the Trainer take."""
 
 import copy
-import os
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +14,13 @@ from torch.utils.data import Dataset
 
 from .augmentation import Augmentation
 from .imports import require
+from .sources.class_labels import known_classes, match_classes
+from .sources.image_splits import load_image_splits
+from .sources.image_table import image_to_rgb
 
 
 __all__ = ["ImageData", "load_image_data", "load_image_processor"]
 
-DATA_VARIABLE = "HF_EFFML_DATA"
-_IMAGE_COLUMNS, _LABEL_COLUMNS = ("image", "img"), ("label", "labels", "fine_label")
-_TEST_SPLITS = ("validation", "valid", "test")
 _CACHE_BYTES = 2**30
 
 
@@ -43,6 +41,8 @@ class ImageSplit(Dataset):
             Names of the image and the label in a row.
         seed (`int`, *optional*, defaults to 0):
             Seed of the augmentation.
+        labels (`Sequence[str]`, *optional*):
+            Names of the classes, in the order of their numbers. With them a model gets its own numbers.
 
     Example:
 
@@ -65,8 +65,10 @@ class ImageSplit(Dataset):
         augmentation: Augmentation | None = None,
         columns: tuple[str, str] = ("image", "label"),
         seed: int = 0,
+        labels: Sequence[str] | None = None,
     ):
         self.rows = rows
+        self.labels, self._numbers = labels, None if labels is None else list(range(len(labels)))
         self._processor, self._columns, self._seed = processor, columns, seed
         self._augment = None if augmentation is None else augmentation.transform(processor)
         self._from_image = augmentation is not None and augmentation.needs_timm
@@ -80,6 +82,31 @@ class ImageSplit(Dataset):
         plain = copy.copy(self)
         plain._augment, plain._from_image = None, False
         return plain
+
+    def aligned_to(self, config: Any, name: str = "the data") -> "ImageSplit":
+        """The same images with the class numbers of a model, found by the names of the classes.
+
+        Args:
+            config (`PreTrainedConfig`):
+                The model's configuration.
+            name (`str`, *optional*, defaults to `"the data"`):
+                What to call the images in messages.
+
+        Returns:
+            [`ImageSplit`]: itself where the numbers are the model's, or names are not known.
+
+        Raises:
+            ValueError: If the model does not know a class.
+        """
+        if self.labels is None or self._numbers is None:
+            return self
+        places = match_classes(name, self.labels, config)
+        if places == list(range(len(places))) and len(places) == len(known_classes(config)):
+            return self
+        aligned = copy.copy(self)
+        aligned.labels = known_classes(config)
+        aligned._numbers = [places[number] for number in self._numbers]
+        return aligned
 
     def __len__(self) -> int:
         """Number of images."""
@@ -103,11 +130,12 @@ class ImageSplit(Dataset):
             image, label = self._pixels(index)
         if self._augment is not None:
             image = self._augment(image, ((self._seed * 1_000_003 + int(self._epoch)) * 1_000_003 + index) % 2**63)
-        return {"pixel_values": image, "labels": label}
+        return {"pixel_values": image, "labels": label if self._numbers is None else self._numbers[label]}
 
     def _row(self, index: int) -> tuple[Image.Image, int]:
         row = self.rows[index]
-        return row[self._columns[0]], int(row[self._columns[1]])
+        image = row[self._columns[0]]
+        return image_to_rgb(image) if isinstance(image, Image.Image) else image, int(row[self._columns[1]])
 
     def _pixels(self, index: int) -> tuple[Tensor, int]:
         """What the processor makes of an image, kept for the next epoch when the whole split fits into memory."""
@@ -148,6 +176,42 @@ class ImageData:
         """The fields of a configuration that name the classes."""
         return {"id2label": dict(enumerate(self.labels)), "label2id": {name: i for i, name in enumerate(self.labels)}}
 
+    def aligned_to(self, config: Any) -> "ImageData":
+        """The same images with the class numbers of a model, found by the names of the classes.
+
+        Args:
+            config (`PreTrainedConfig`):
+                The model's configuration. Where it has no names but `LABEL_0` and so on, numbers count.
+
+        Returns:
+            [`ImageData`]: with the model's classes, of which these images may be some.
+
+        Raises:
+            ValueError: If the model does not know a class.
+        """
+        train, test = (split.aligned_to(config, self.name) for split in (self.train, self.test))
+        return replace(self, train=train, test=test, labels=list(train.labels or self.labels))
+
+
+def aligned(dataset: Any, config: Any) -> Any:
+    """Gives images the class numbers of a model, where the names of their classes are known.
+
+    Args:
+        dataset (`Dataset` or `Mapping[str, Dataset]`):
+            The images, or several sets of them by name.
+        config (`PreTrainedConfig`):
+            The model's configuration.
+
+    Returns:
+        `Any`: the same, aligned; see [`ImageSplit.aligned_to`].
+
+    Raises:
+        ValueError: If the model does not know a class.
+    """
+    if isinstance(dataset, Mapping):
+        return {name: aligned(each, config) for name, each in dataset.items()}
+    return dataset.aligned_to(config) if isinstance(dataset, ImageSplit) else dataset
+
 
 def load_image_processor(name_or_path: str) -> Any:
     """Load the image processor that lies beside a model, also where an older Transformers misses torchvision.
@@ -176,8 +240,9 @@ def load_image_data(
     Args:
         name_or_path (`str`):
             `"digits"` (scikit-learn's, no download); a folder of parquet files, or of images in one folder per class,
-            both with splits named `train` and `validation` or `test`; the path of such a folder below the one that
-            the environment variable `HF_EFFML_DATA` names; or the id of a data set on the Hub.
+            with splits named `train` and `validation` or `test`, or without: then a fifth of every class is held out;
+            the path of such a folder below the one that the environment variable `HF_EFFML_DATA` names; or the id of
+            a data set on the Hub.
         processor (`BaseImageProcessor`):
             Makes pixels of an image: [`vim_image_processor`] or [`load_image_processor`].
         augmentation (`Augmentation`, *optional*):
@@ -187,6 +252,10 @@ def load_image_data(
 
     Returns:
         [`ImageData`]
+
+    Raises:
+        FileNotFoundError: If there is no such data set.
+        ValueError: If it lacks a split or a column, a row has no class, or an image is in two splits.
 
     Example:
 
@@ -199,16 +268,17 @@ def load_image_data(
     ```
     """
     if name_or_path == "digits":
-        hub_id, columns = None, ("image", "label")
+        hub_id: str | None = None
+        train: Any
+        test: Any
         train, test, labels = _load_digits()
     else:
         splits = load_image_splits(name_or_path)
-        train, test, labels = splits.train, splits.test, splits.labels
-        hub_id, columns = splits.hub_id, splits.columns
+        train, test, labels, hub_id = splits.train, splits.test, splits.labels, splits.hub_id
     return ImageData(
         name=Path(name_or_path).name if hub_id is None else hub_id,
-        train=ImageSplit(train, processor, augmentation, columns, seed),
-        test=ImageSplit(test, processor, columns=columns),
+        train=ImageSplit(train, processor, augmentation, seed=seed, labels=labels),
+        test=ImageSplit(test, processor, labels=labels),
         labels=labels,
         hub_id=hub_id,
     )
@@ -221,106 +291,3 @@ def _load_digits() -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[str
     order = np.random.RandomState(0).permutation(len(pixels))
     rows = [{"image": Image.fromarray(pixels[i]), "label": int(digits.target[i])} for i in order]
     return rows[:898], rows[898:], [str(name) for name in digits.target_names]
-
-
-def _find_folder(name_or_path: str) -> Path | None:
-    candidates = [Path(name_or_path).expanduser()]
-    if os.environ.get(DATA_VARIABLE):
-        candidates.append(Path(os.environ[DATA_VARIABLE]).expanduser() / name_or_path)
-    return next((path for path in candidates if path.is_dir()), None)
-
-
-@dataclass(frozen=True)
-class ImageSplits:
-    """Rows of a data set of images, not read yet.
-
-    Args:
-        train, test (`datasets.Dataset`):
-            The rows of its split `train`, and of its split `validation`, or else `valid` or `test`.
-        labels (`list[str]`):
-            Names of the classes, in the order of their numbers.
-        columns (`tuple[str, str]`):
-            Names of the image and of the class number in a row.
-        hub_id (`str`, *optional*):
-            Its id on the Hub, if it came from there.
-        revision (`str`, *optional*):
-            The commit it came from, if it came from the Hub.
-    """
-
-    train: Any
-    test: Any
-    labels: list[str]
-    columns: tuple[str, str]
-    hub_id: str | None = None
-    revision: str | None = None
-
-
-def load_image_splits(name_or_path: str, revision: str | None = None) -> ImageSplits:
-    """Finds a data set of images in a folder or on the Hub.
-
-    Args:
-        name_or_path (`str`):
-            See [`load_image_data`].
-        revision (`str`, *optional*):
-            Commit, tag or branch on the Hub.
-
-    Returns:
-        [`ImageSplits`]
-
-    Raises:
-        FileNotFoundError: If there is none.
-        ValueError: If it lacks a split or a column.
-
-    Example:
-
-    ```python
-    >>> from hf_effml.utils.image_data import load_image_splits
-
-    >>> load_image_splits("cifar10").labels[:2]  # doctest: +SKIP
-    ['airplane', 'automobile']
-    ```
-    """
-    datasets = require("datasets")
-    folder = _find_folder(name_or_path)
-    at = {"revision": revision} if revision is not None and folder is None else {}
-    try:
-        splits = datasets.load_dataset(name_or_path if folder is None else str(folder), **at)
-    except OSError as error:
-        raise FileNotFoundError(
-            f"No data `{name_or_path}`: it is no folder, not below the one that ${DATA_VARIABLE} names, and not found "
-            f"on the Hub or not open to you ({str(error).splitlines()[0]})."
-        ) from error
-    test = next((split for split in _TEST_SPLITS if split in splits), None)
-    if "train" not in splits or test is None:
-        raise ValueError(
-            f"`{name_or_path}` must have a split `train` and a split `validation` or `test`; it has "
-            f"`{'`, `'.join(splits)}`."
-        )
-    commit = _commit(splits["train"]) if folder is None else None
-    features = splits["train"].features
-    image = _column(name_or_path, features, _IMAGE_COLUMNS)
-    label = _column(name_or_path, features, _LABEL_COLUMNS)
-    if not hasattr(features[label], "names"):
-        splits = splits.class_encode_column(label)
-        features = splits["train"].features
-    return ImageSplits(
-        train=splits["train"],
-        test=splits[test],
-        labels=list(features[label].names),
-        columns=(image, label),
-        hub_id=name_or_path if folder is None else None,
-        revision=commit,
-    )
-
-
-def _commit(rows: Any) -> str | None:
-    """The commit on the Hub that rows came from: `datasets` keeps every one in a folder of its name."""
-    folders = [Path(file["filename"]).parent.name for file in rows.cache_files]
-    return next((name for name in folders if re.fullmatch("[0-9a-f]{40}", name)), None)
-
-
-def _column(name: str, features: Any, wanted: tuple[str, ...]) -> str:
-    found = next((column for column in wanted if column in features), None)
-    if found is None:
-        raise ValueError(f"`{name}` must have a column `{'` or `'.join(wanted)}`; it has `{'`, `'.join(features)}`.")
-    return found

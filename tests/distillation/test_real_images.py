@@ -8,7 +8,7 @@ from PIL import Image
 from helpers import assert_close, require_package
 from hf_effml.distillation.image_processing_zca import ZCAImageProcessor
 from hf_effml.distillation.real_images import RealImages, load_real_images, reload_real_images
-from hf_effml.utils.image_data import DATA_VARIABLE
+from hf_effml.utils.sources.split_files import DATA_VARIABLE
 
 
 COMMIT = "a1" * 20

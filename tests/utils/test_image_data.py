@@ -8,7 +8,9 @@ from PIL import Image
 from helpers import require_package, run_python
 from hf_effml import Augmentation, load_image_data, load_image_processor, vim_image_processor
 from hf_effml.utils import image_data
-from hf_effml.utils.image_data import DATA_VARIABLE, ImageSplit
+from hf_effml.utils.image_data import ImageSplit
+from hf_effml.utils.sources.image_splits import column_of
+from hf_effml.utils.sources.split_files import DATA_VARIABLE
 
 
 def pictures(count=6, size=(10, 12)):
@@ -77,11 +79,11 @@ def test_what_is_missing_is_said(tmp_path, monkeypatch):
         load_image_data("nothing", vim_image_processor(8, crop_share=1.0))
     monkeypatch.undo()
     with pytest.raises(
-        ValueError, match="must have a split `train` and a split `validation` or `test`; it has `train`"
+        ValueError, match="must have a split `train` and a split `validation` or `test`; it has `test`"
     ):
-        load_image_data(str(write_folders(tmp_path / "half", ("train",))), vim_image_processor(8, crop_share=1.0))
+        load_image_data(str(write_folders(tmp_path / "half", ("test",))), vim_image_processor(8, crop_share=1.0))
     with pytest.raises(ValueError, match="must have a column `image` or `img`; it has `text`"):
-        image_data._column("words", {"text": None}, ("image", "img"))
+        column_of("words", {"text": None}, ("image", "img"))
 
 
 def test_rows_equal_the_saved_processors_result(tmp_path):

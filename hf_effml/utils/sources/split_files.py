@@ -1,0 +1,196 @@
+"""Files of a data set, and which split each of them belongs to by the names of folders and files alone."""
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+
+__all__ = ["DATA_VARIABLE", "check_overlap", "find_data", "split_class_folders", "split_tables", "visible_files"]
+
+DATA_VARIABLE = "HF_EFFML_DATA"
+_SPLIT_OF = dict.fromkeys(("train", "training"), "train")
+_SPLIT_OF |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
+_SPLIT_OF |= dict.fromkeys(("test", "testing", "eval", "evaluation"), "test")
+# As `datasets` names the pieces of a split, and what it takes for the end of a word.
+_PIECE = re.compile(r"(.+)-\d{5}-of-\d{5}.*", re.DOTALL)
+_SEPARATORS = re.compile(r"[-._ 0-9]+")
+
+
+def find_data(name_or_path: str) -> Path | None:
+    """Finds a file or folder, here or below the folder that the environment variable `HF_EFFML_DATA` names.
+
+    Args:
+        name_or_path (`str`):
+            Its path.
+
+    Returns:
+        `Path` or `None`: `None` if there is none.
+    """
+    candidates = [Path(name_or_path).expanduser()]
+    if os.environ.get(DATA_VARIABLE):
+        candidates.append(Path(os.environ[DATA_VARIABLE]).expanduser() / name_or_path)
+    return next((path for path in candidates if _exists(path)), None)
+
+
+def visible_files(folder: Path) -> list[Path]:
+    """Lists the files below a folder, those behind links too, without what is hidden.
+
+    Args:
+        folder (`Path`):
+            The folder.
+
+    Returns:
+        `list[Path]`: sorted by their paths.
+    """
+    found: list[Path] = []
+
+    def walk(place: Path, above: tuple[str, ...]) -> None:
+        real = os.path.realpath(place)
+        # A link to a folder above would lead round in circles.
+        if real in above:
+            return
+        for child in place.iterdir():
+            if child.name.startswith((".", "__")):
+                continue
+            if child.is_dir():
+                walk(child, (*above, real))
+            elif child.is_file():
+                found.append(child)
+
+    walk(folder, ())
+    return sorted(found, key=str)
+
+
+def split_class_folders(name: str, folder: Path, files: Iterable[Path]) -> dict[str, list[tuple[Path, str]]]:
+    """Splits files that lie in folders of their classes; a folder `train`, `val` or `test` around those decides.
+
+    Args:
+        name (`str`):
+            What to call the data set in messages.
+        folder (`Path`):
+            The data set.
+        files (`Iterable[Path]`):
+            Its files.
+
+    Returns:
+        `dict[str, list[tuple[Path, str]]]`: by split, every file with the name of its class; everything is `train`
+        where no folder says otherwise.
+
+    Raises:
+        ValueError: If a file lies in no folder of a class, or the folders of classes differ in depth.
+    """
+    placed: dict[str, list[tuple[Path, str]]] = {}
+    stray: list[Path] = []
+    for file in files:
+        above = file.relative_to(folder).parts[:-1]
+        # The last one is the class, whatever it is called.
+        split = next((_SPLIT_OF[part.lower()] for part in above[:-1] if part.lower() in _SPLIT_OF), None)
+        if split is None:
+            stray.append(file)
+        else:
+            placed.setdefault(split, []).append((file, above[-1]))
+    if placed:
+        # What lies beside the splits belongs to none, but directly in one of them a class is missing.
+        bare = [file for file in stray if file.parent.name.lower() in _SPLIT_OF]
+    else:
+        placed = {"train": [(file, file.parent.name) for file in stray]}
+        bare = [file for file in stray if file.parent == folder]
+        if all(label.lower() in _SPLIT_OF for _, label in placed["train"]):
+            bare = stray
+    if bare:
+        raise ValueError(
+            f"`{bare[0]}` lies in no folder that names its class. Images of `{name}` lie as in "
+            "`train/CLASS/1.png` and `test/CLASS/2.png`, or as in `CLASS/1.png`."
+        )
+    _check_depths(name, folder, placed)
+    return _train_first(placed)
+
+
+def split_tables(name: str, folder: Path, files: Iterable[Path]) -> dict[str, list[Path]]:
+    """Splits files of many rows as `datasets` does: by a folder named after a split, or else by a word of their name.
+
+    Args:
+        name (`str`):
+            What to call the data set in messages.
+        folder (`Path`):
+            The data set.
+        files (`Iterable[Path]`):
+            Its files.
+
+    Returns:
+        `dict[str, list[Path]]`: the files by split; everything is `train` where no name says otherwise.
+
+    Raises:
+        ValueError: If a file belongs to two splits.
+    """
+    files = list(files)
+    placed: dict[str, list[Path]] = {}
+    for file in files:
+        above = _words(file.relative_to(folder).parts[:-1])
+        piece = _PIECE.fullmatch(file.stem)
+        if above:
+            found = set(above[:1])
+        elif piece is not None:
+            found = {_SPLIT_OF.get(piece[1].lower(), piece[1])}
+        else:
+            found = set(_words((file.stem,)))
+        if len(found) > 1:
+            raise ValueError(
+                f"`{file}` of `{name}` is named after the splits {' and '.join(sorted(found))}. Name it after one."
+            )
+        for split in found:
+            placed.setdefault(split, []).append(file)
+    return _train_first(placed) or {"train": files}
+
+
+def check_overlap(name: str, splits: Mapping[str, Iterable[str | Path]]) -> None:
+    """Checks that no file belongs to two splits.
+
+    Args:
+        name (`str`):
+            What to call the data set in messages.
+        splits (`Mapping[str, Iterable[str | Path]]`):
+            The files by split.
+
+    Raises:
+        ValueError: If one does.
+    """
+    seen: dict[str, str] = {}
+    for split, files in splits.items():
+        for file in {os.path.realpath(file): file for file in files}.items():
+            other = seen.setdefault(file[0], split)
+            if other != split:
+                raise ValueError(
+                    f"`{file[1]}` is in the splits `{other}` and `{split}` of `{name}`. Images to test on must not be "
+                    "trained on: give every file one place."
+                )
+
+
+def _train_first(placed: Mapping[str, list]) -> dict[str, list]:
+    order = list(dict.fromkeys(_SPLIT_OF.values()))
+    return {split: placed[split] for split in sorted(placed, key=lambda each: (order + [each]).index(each))}
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
+
+
+def _words(parts: Iterable[str]) -> list[str]:
+    """The splits that names contain as words."""
+    words = (word for part in parts for word in _SEPARATORS.split(part.lower()))
+    return [_SPLIT_OF[word] for word in words if word in _SPLIT_OF]
+
+
+def _check_depths(name: str, folder: Path, placed: Mapping[str, list[tuple[Path, str]]]) -> None:
+    for files in placed.values():
+        depths = {len(file.relative_to(folder).parts): file for file, _ in files}
+        if len(depths) > 1:
+            first, second = sorted(depths.values(), key=lambda file: len(file.parts))[:2]
+            raise ValueError(
+                f"The folders of the classes of `{name}` differ in depth: `{first}` and `{second}`. The folder of an "
+                "image names its class; put all of them side by side."
+            )
