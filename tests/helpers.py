@@ -1,6 +1,7 @@
 """Comparisons and builders that tests share."""
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from functools import cache
 from importlib import import_module
@@ -118,6 +119,11 @@ def randomized(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter.dtype), alpha=0.05)
     return model.eval()
+
+
+def in_model(name: str) -> str:
+    """The name in a model of a parameter that has its official name in a file."""
+    return re.sub(r"dt_proj(_b)?\.bias$", r"time_step\1.bias", name)
 
 
 def tensors_of(value: Any, name: str = "output") -> Iterator[tuple[str, Tensor]]:

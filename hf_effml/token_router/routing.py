@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.func import functional_call
 from transformers import initialization as init
 
 
@@ -66,8 +66,13 @@ class TokenRouter(nn.Module):
             `Tensor` of shape `(..., 2)`: logits of skipping (class 0) and of keeping (class 1), in float32.
         """
         with torch.autocast(factors.device.type, enabled=False):
-            hidden = F.linear(factors.float(), self.fc1.weight.float(), self.fc1.bias.float()).relu()
-            return F.linear(hidden, self.fc2.weight.float(), self.fc2.bias.float())
+            return _in_float32(self.fc2, _in_float32(self.fc1, factors.float()).relu())
+
+
+def _in_float32(linear: nn.Module, x: Tensor) -> Tensor:
+    """Calls the layer, so that an adapter or a quantised one in its place is heard."""
+    narrow = {name: value.float() for name, value in linear.named_parameters() if value.dtype != torch.float32}
+    return functional_call(linear, narrow, (x,)) if narrow else linear(x)
 
 
 def kept_count(tokens: int, sparsity: float, at_least: int = 0) -> int:

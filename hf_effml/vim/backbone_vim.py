@@ -72,8 +72,7 @@ class VimBackbone(BackboneMixin, VimEncoder):
             if stage in self.out_features:
                 maps.append(self._patches(run, stream).mT.unflatten(2, grid).to(self.dtype))
         output = BackboneOutput(feature_maps=tuple(maps), hidden_states=tuple(all_states) if keep_all else None)
-        as_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if as_dict else output.to_tuple()
+        return output if self._as_dict(return_dict) else output.to_tuple()
 
     def _patches(self, run: VimRun, stream: Tensor) -> Tensor:
         """Every patch at its original place, `(batch, patches, hidden_size)`."""

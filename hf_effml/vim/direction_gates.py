@@ -62,17 +62,15 @@ class Gating(NamedTuple):
         return straight_through((probability > threshold).to(logits.dtype), probability)
 
 
-class DyVMGateHead(nn.Linear):
-    """Logits of the two directions from the projected class token; it starts with both open for every image."""
-
-
 class DyVMMixer(VimMixer):
     """The mixer of Vim with a gate on each direction, read off the projected class token."""
 
     def __init__(self, config: DyVMConfig):
         super().__init__(config)
         if config.enable_block_selection:
-            self.block_head = DyVMGateHead(2 * config.intermediate_size, 2)
+            # Logits of the two directions from the projected class token; both start open for every image.
+            self.block_head = nn.Linear(2 * config.intermediate_size, 2)
+            self.block_head.starts_open = True
 
     def forward(
         self,
@@ -148,4 +146,4 @@ class DyVMBlock(VimBlock):
     mixer_class = DyVMMixer
 
 
-__all__ = ["DyVMBlock", "DyVMGateHead", "DyVMMixer", "Gating"]
+__all__ = ["DyVMBlock", "DyVMMixer", "Gating"]

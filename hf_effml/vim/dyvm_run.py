@@ -66,7 +66,8 @@ class DyVMRun(VimRun):
         self.decided: list[Tensor] = []
         self.offsets = torch.tensor(config.block_gate_logit_offset, dtype=torch.float32, device=self.device)
         self.offsets = self.offsets.expand(config.num_hidden_layers, 2)
-        self.select = config.inference_mode == "select" and not training and not torch.compiler.is_compiling()
+        self.static = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        self.select = config.inference_mode == "select" and not training and not self.static
 
     def _check_forced(self) -> None:
         stages, blocks = len(self.config.pruning_layers or []), self.config.num_hidden_layers
@@ -166,7 +167,7 @@ class DyVMRun(VimRun):
         """Of original patches, `(batch, kept)`, among those that are left."""
         left = self.layout.positions.contiguous()
         ranks = torch.searchsorted(left, patches).clamp(max=left.shape[1] - 1)
-        if not torch.compiler.is_compiling() and not torch.equal(left.gather(1, ranks), patches):
+        if not self.static and not torch.equal(left.gather(1, ranks), patches):
             raise ValueError("`kept_indices` must be ascending patches that no earlier stage has dropped.")
         return ranks
 

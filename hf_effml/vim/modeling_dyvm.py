@@ -7,12 +7,13 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.jit import is_tracing
 from transformers import initialization as init
 from transformers.utils import logging
 
 from .configuration_dyvm import DyVMConfig
 from .configuration_vim import VimConfig
-from .direction_gates import DyVMBlock, DyVMGateHead
+from .direction_gates import DyVMBlock
 from .dyvm_run import DyVMRun
 from .gate_calibration import calibrate
 from .losses import dyvm_patch_features, dyvm_ratio_losses
@@ -111,7 +112,7 @@ class DyVMPreTrainedModel(VimPreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Gates start open; the predictors are linear layers and norms like any other."""
         super()._init_weights(module)
-        if isinstance(module, DyVMGateHead):
+        if hasattr(module, "starts_open"):
             init.zeros_(module.weight)
             init.constant_(module.bias, float(self.config.block_gate_bias_init))
 
@@ -268,10 +269,12 @@ class DyVMEncoder(DyVMPreTrainedModel):
 
     def _warn_if_fresh(self) -> None:
         """Once: dropping tokens by predictors that never saw a gradient, whose biases are still zero."""
-        if self.training or not self.pruning or self._warned or torch.compiler.is_compiling():
+        if self.training or not self.pruning or self._warned or torch.compiler.is_compiling() or is_tracing():
             return
         self._warned = True
-        if self.score_predictors and not any(p.out_conv[-1].bias.any() for p in self.score_predictors):
+        biases = [predictor.out_conv[-1].bias for predictor in self.score_predictors or ()]
+        # In a quantised layer the bias is a method.
+        if biases and all(isinstance(bias, Tensor) and not bias.any() for bias in biases):
             logger.warning_once(
                 "The token predictors of this DyVM are untrained: it drops tokens at random. Fine-tune it first, with "
                 "`DyVMTrainer` for example; `model.set_pruning(False)` gives the plain Vim meanwhile."

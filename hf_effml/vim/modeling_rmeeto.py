@@ -68,7 +68,7 @@ class TokenMerger:
         Returns:
             [`MergeRun`]
         """
-        return MergeRun(self.config, stream, class_positions, self.removals(stream.shape[1]))
+        return MergeRun(self.config, stream, class_positions, self.removals(int(stream.shape[1])))
 
 
 class MergeRun(VimRun):

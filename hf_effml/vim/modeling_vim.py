@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 from transformers.utils import ModelOutput
 
 from .configuration_vim import VimConfig
@@ -17,11 +19,16 @@ from .vim_blocks import (
     VimConvolution,
     VimMixer,
     VimPatchEmbeddings,
-    VimProjection,
     VimRMSNorm,
-    VimTimeStepProjection,
+    VimTimeStep,
 )
 from .vim_run import TokenReducer, VimRun
+
+
+# Files keep the official names; `load_state_dict` takes them, too.
+for _model_type in ("vim", "rmeeto_vim", "dyvm"):
+    _names = [WeightRenaming(f"mixer.dt_proj{b}.bias", f"mixer.time_step{b}.bias") for b in ("", "_b")]
+    register_checkpoint_conversion_mapping(_model_type, _names, overwrite=True)
 
 
 @dataclass
@@ -115,7 +122,7 @@ class VimPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False
     _no_split_modules = ["VimBlock"]
-    _keep_in_fp32_modules_strict = ["A_log", "A_b_log", "mixer.D", "mixer.D_b", "dt_proj.bias", "dt_proj_b.bias"]
+    _keep_in_fp32_modules_strict = ["A_log", "A_b_log", "mixer.D", "mixer.D_b", "time_step"]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -125,11 +132,10 @@ class VimPreTrainedModel(PreTrainedModel):
         """
         super()._init_weights(module)
         config = self.config
-        if isinstance(module, VimTimeStepProjection) and module.init_steps:
-            self._init_time_steps(module)
-        elif isinstance(module, VimProjection):
-            bound = module.init_scale / math.sqrt(module.in_features)
-            init.uniform_(module.weight, -bound, bound)
+        if isinstance(module, nn.Linear) and hasattr(module, "init_scale"):
+            self._init_projection(module)
+        elif isinstance(module, VimTimeStep):
+            self._init_time_step(module)
         elif isinstance(module, VimMixer):
             states = torch.arange(1, config.state_size + 1, dtype=torch.float32, device=module.A_log.device)
             for A_log, D in ((module.A_log, module.D), (module.A_b_log, module.D_b)):
@@ -153,17 +159,29 @@ class VimPreTrainedModel(PreTrainedModel):
                 if getattr(module, name, None) is not None:
                     init.trunc_normal_(getattr(module, name), std=config.initializer_range)
 
-    def _init_time_steps(self, projection: VimTimeStepProjection) -> None:
+    def _init_projection(self, projection: nn.Linear) -> None:
+        config = self.config
+        bound = projection.init_scale / math.sqrt(projection.in_features)
+        if getattr(projection, "init_steps", False):
+            bound = config.time_step_rank**-0.5 * config.time_step_scale
+            if config.time_step_init_scheme == "constant":
+                init.constant_(projection.weight, bound)
+                return
+        init.uniform_(projection.weight, -bound, bound)
+
+    def _init_time_step(self, time_step: VimTimeStep) -> None:
         """Step sizes log-uniform between `time_step_min` and `time_step_max` after the softplus."""
         config = self.config
-        bound = config.time_step_rank**-0.5 * config.time_step_scale
-        if config.time_step_init_scheme == "constant":
-            init.constant_(projection.weight, bound)
-        else:
-            init.uniform_(projection.weight, -bound, bound)
+        if not time_step.init_steps:
+            init.zeros_(time_step.bias)
+            return
         low, high = math.log(config.time_step_min), math.log(config.time_step_max)
-        step = torch.empty_like(projection.bias).uniform_(low, high).exp().clamp(min=config.time_step_floor)
-        init.copy_(projection.bias, step + torch.log(-torch.expm1(-step)))
+        step = torch.empty_like(time_step.bias).uniform_(low, high).exp().clamp(min=config.time_step_floor)
+        init.copy_(time_step.bias, step + torch.log(-torch.expm1(-step)))
+
+    def _as_dict(self, return_dict: bool | None) -> bool:
+        """Whether to return a `ModelOutput`; `torch.jit.trace` takes tuples only."""
+        return self.config.return_dict and not torch.jit.is_tracing() if return_dict is None else return_dict
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that are trained without weight decay: class token(s), positions, and all vectors.
@@ -345,8 +363,7 @@ class VimModel(VimEncoder):
             cls_token_index=class_rows,
             **run.report(detailed=output_merge_info),
         )
-        as_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if as_dict else output.to_tuple()
+        return output if self._as_dict(return_dict) else output.to_tuple()
 
 
 class VimForImageClassification(VimPreTrainedModel):
@@ -410,8 +427,7 @@ class VimForImageClassification(VimPreTrainedModel):
         logits = self.classifier(outputs.pooler_output)
         loss = None if labels is None else self._loss(logits, labels, outputs)
         output = self._output(loss, logits, outputs)
-        as_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if as_dict else output.to_tuple()
+        return output if self._as_dict(return_dict) else output.to_tuple()
 
     def _loss(self, logits: Tensor, labels: Tensor, outputs: VimModelOutput) -> Tensor:
         if labels.is_floating_point() and labels.shape != logits.shape:

@@ -76,7 +76,7 @@ def selective_scan(*streams: ScanStream) -> tuple[Tensor, ...]:
     All arithmetic is in float32 (float64 if `x` is float64), whatever the inputs' types and autocast.
 
     The backend is chosen per call: `mamba_ssm` for CUDA tensors where it is installed and works, an unrolled loop
-    while exporting, and otherwise a chunked scan in plain torch.
+    while exporting or tracing, and otherwise a chunked scan in plain torch.
 
     Args:
         streams (`ScanStream`):
@@ -102,7 +102,7 @@ def selective_scan(*streams: ScanStream) -> tuple[Tensor, ...]:
     ```
     """
     _check(streams)
-    if torch.compiler.is_exporting():
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
         return tuple(selective_scan_reference(stream) for stream in streams)
     if streams[0].x.is_cuda and _mamba_ssm_works():
         return tuple(_scan_with_mamba_ssm(stream) for stream in streams)

@@ -353,7 +353,8 @@ class _Split(NamedTuple):
     def make(
         cls, metric: Tensor, r: int, protected: int | Sequence[int] | Tensor | None, first_source: int = 0
     ) -> "_Split":
-        batch, tokens, _ = metric.shape
+        # Traced, a number of tokens would be a tensor; that of images is the same for all.
+        batch, tokens = metric.shape[0], int(metric.shape[1])
         if r < 0:
             raise ValueError(f"`r` must not be negative; got {r}.")
         if isinstance(protected, Tensor):
@@ -361,7 +362,8 @@ class _Split(NamedTuple):
             free = torch.arange(tokens - places.shape[1], device=metric.device).expand(batch, -1)
             for place in places.unbind(1):
                 free = free + (free >= place.unsqueeze(1))
-            return cls(batch, tokens, min(r, free.shape[1] // 2), places, free, first_source)
+            r = min(r, (tokens - int(places.shape[1])) // 2)
+            return cls(batch, tokens, r, places, free, first_source)
         given = () if protected is None else (protected,) if isinstance(protected, int) else protected
         positions = tuple(sorted(given))
         if positions and not 0 <= positions[0] <= positions[-1] < tokens:
@@ -369,7 +371,8 @@ class _Split(NamedTuple):
         free = torch.arange(tokens - len(positions), device=metric.device)
         for count, position in enumerate(positions):
             free[position - count :].add_(1)
-        return cls(batch, tokens, min(r, free.shape[0] // 2), positions, free.expand(batch, -1), first_source)
+        r = min(r, (tokens - len(positions)) // 2)
+        return cls(batch, tokens, r, positions, free.expand(batch, -1), first_source)
 
     def unit_rows(self, x: Tensor) -> Tensor:
         """The free rows as unit vectors, at the price of one copy: fresh memory costs a CPU more than the division."""
@@ -469,7 +472,7 @@ def _per_sample(positions: tuple[int, ...] | Tensor, like: Tensor) -> Tensor:
 def _row_numbers(index: Tensor, rows: int) -> Tensor:
     """`index` `(batch, n)` into `rows` rows per sample, as row numbers of the flattened batch."""
     batch = index.shape[0]
-    if batch == 1:
+    if batch == 1 and not torch.jit.is_tracing():
         return index.view(-1)
     return (index + torch.arange(0, batch * rows, rows, device=index.device).unsqueeze(1)).view(-1)
 

@@ -120,7 +120,7 @@ class TokenLayout(NamedTuple):
         """
         class_rows = _class_rows(kept, class_position)
         new_rows = patch_rows(class_rows, order.shape[1])
-        rows = order.new_empty(len(order), order.shape[1] + class_rows.shape[1])
+        rows = order.new_empty(order.shape[0], order.shape[1] + class_rows.shape[1])
         rows = rows.scatter(1, new_rows, self.patch_rows.gather(1, order)).scatter(1, class_rows, self.class_rows)
         policy = None if self.policy is None else self.policy.gather(1, order)
         layout = self._replace(
@@ -133,7 +133,7 @@ def _class_rows(kept: Tensor, class_position: str) -> Tensor:
     """Rows of the class token(s), `(batch, class tokens)`, by the number of tokens that are kept."""
     first = torch.zeros_like(kept)
     rows = {"none": [], "head": [first], "middle": [kept // 2], "double": [first, kept + 1]}[class_position]
-    return torch.stack(rows, dim=1) if rows else kept.new_empty(len(kept), 0)
+    return torch.stack(rows, dim=1) if rows else kept.new_empty(kept.shape[0], 0)
 
 
 def patch_rows(class_rows: Tensor, patches: int) -> Tensor:
@@ -148,7 +148,7 @@ def patch_rows(class_rows: Tensor, patches: int) -> Tensor:
     Returns:
         `Tensor` of shape `(batch, patches)`: Ascending.
     """
-    rows = torch.arange(patches, device=class_rows.device).expand(len(class_rows), -1)
+    rows = torch.arange(patches, device=class_rows.device).expand(class_rows.shape[0], -1)
     for class_row in class_rows.unbind(1):
         rows = rows + (rows >= class_row.unsqueeze(1))
     return rows
@@ -239,7 +239,7 @@ def decisions_from(ranks: Tensor, tokens: int) -> Tensor:
     Returns:
         `Tensor` of shape `(batch, tokens)`: In float32.
     """
-    zeros = torch.zeros(len(ranks), tokens, device=ranks.device)
+    zeros = torch.zeros(ranks.shape[0], tokens, device=ranks.device)
     return zeros.scatter(1, ranks, 1.0)
 
 

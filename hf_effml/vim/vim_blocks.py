@@ -62,28 +62,33 @@ class VimConvolution(nn.Conv1d):
         return mixed[:, padding:] if self.backwards else mixed[:, : hidden_states.shape[1]]
 
 
-class VimProjection(nn.Linear):
+def _projection(in_features: int, out_features: int, bias: bool, init_scale: float = 1.0) -> nn.Linear:
     """A linear layer of the mixer. It starts uniform within `init_scale / sqrt(in_features)`, its bias at zero."""
+    linear = nn.Linear(in_features, out_features, bias)
+    # Not a class of its own: tools that swap or quantise linear layers go by their type.
+    linear.init_scale = init_scale
+    return linear
 
-    def __init__(self, in_features: int, out_features: int, bias: bool, init_scale: float = 1.0):
-        super().__init__(in_features, out_features, bias)
-        self.init_scale = init_scale
 
+class VimTimeStep(nn.Module):
+    """The bias of the step sizes, which the scan adds in float32 whatever the type of `dt_proj`.
 
-class VimTimeStepProjection(VimProjection):
-    """Step sizes from their low rank, without the bias, which the scan adds in float32.
-
-    It is a module, so that adapters can wrap it. With `init_steps` it starts with step sizes between `time_step_min`
-    and `time_step_max`.
+    With `init_steps` the projection and its bias start with step sizes between `time_step_min` and `time_step_max`.
     """
 
-    def __init__(self, rank: int, channels: int, init_steps: bool):
-        super().__init__(rank, channels, bias=True)
-        self.init_steps = init_steps
+    def __init__(self, dt_proj: nn.Linear, init_steps: bool):
+        super().__init__()
+        self.bias = dt_proj.bias
+        dt_proj.bias = None
+        dt_proj.init_steps = self.init_steps = init_steps
 
-    def forward(self, low_rank: Tensor) -> Tensor:
-        """`(batch, tokens, rank)` to `(batch, tokens, inner)`, without the bias."""
-        return F.linear(low_rank, self.weight)
+
+def _take_official_names(mixer: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Before weights are loaded: the bias of the step sizes is that of `dt_proj` in official files."""
+    for suffix in ("", "_b"):
+        official = f"{prefix}dt_proj{suffix}.bias"
+        if official in state:
+            state[f"{prefix}time_step{suffix}.bias"] = state.pop(official)
 
 
 class VimMixer(nn.Module):
@@ -91,7 +96,8 @@ class VimMixer(nn.Module):
 
     Its projections are shared; convolution, selection and scan are there per direction.
 
-    Parameters carry the official names; those of the backward direction end in `_b`.
+    Parameters carry the official names, apart from the bias of the step sizes; those of the backward direction end in
+    `_b`.
     """
 
     def __init__(self, config: VimConfig):
@@ -99,20 +105,22 @@ class VimMixer(nn.Module):
         inner, rank, states = config.intermediate_size, int(config.time_step_rank), config.state_size
         self.divide_output = config.divide_output
         self.selection_sizes = [rank, states, states]
-        self.in_proj = VimProjection(config.hidden_size, 2 * inner, config.use_bias)
+        self.in_proj = _projection(config.hidden_size, 2 * inner, config.use_bias)
         for suffix in ("", "_b"):
             conv = VimConvolution(inner, config.conv_kernel, config.use_conv_bias, backwards=bool(suffix))
             setattr(self, f"conv1d{suffix}", conv)
-            setattr(self, f"x_proj{suffix}", VimProjection(inner, rank + 2 * states, bias=False))
-            init_steps = config.symmetric_dt_init or not suffix
-            setattr(self, f"dt_proj{suffix}", VimTimeStepProjection(rank, inner, init_steps))
+            setattr(self, f"x_proj{suffix}", _projection(inner, rank + 2 * states, bias=False))
+            dt_proj = _projection(rank, inner, bias=True)
+            setattr(self, f"dt_proj{suffix}", dt_proj)
+            setattr(self, f"time_step{suffix}", VimTimeStep(dt_proj, config.symmetric_dt_init or not suffix))
             setattr(self, f"A{suffix}_log", nn.Parameter(torch.empty(inner, states)))
             setattr(self, f"D{suffix}", nn.Parameter(torch.empty(inner)))
         # One residual branch per block: its last projection is scaled down by the depth.
         scale = config.num_hidden_layers**-0.5
-        self.out_proj = VimProjection(inner, config.hidden_size, config.use_bias, init_scale=scale)
+        self.out_proj = _projection(inner, config.hidden_size, config.use_bias, init_scale=scale)
         gamma = config.layer_scale_init_value
         self.gamma = None if gamma is None else nn.Parameter(torch.full((config.hidden_size,), float(gamma)))
+        self.register_load_state_dict_pre_hook(_take_official_names)
 
     def forward(
         self,
@@ -168,10 +176,9 @@ class VimMixer(nn.Module):
         if token_mask is not None:
             x = x * token_mask
         low_rank, B, C = getattr(self, f"x_proj{suffix}")(x).split(self.selection_sizes, dim=-1)
-        dt_proj = getattr(self, f"dt_proj{suffix}")
-        dt = dt_proj(low_rank)
+        dt, dt_bias = getattr(self, f"dt_proj{suffix}")(low_rank), getattr(self, f"time_step{suffix}").bias
         A = -torch.exp(getattr(self, f"A{suffix}_log").float())
-        return ScanStream(x, dt, A, B, C, getattr(self, f"D{suffix}"), dt_proj.bias, reverse=bool(suffix))
+        return ScanStream(x, dt, A, B, C, getattr(self, f"D{suffix}"), dt_bias, reverse=bool(suffix))
 
     def _feature(self, streams: list[ScanStream], name: str | None) -> Tensor | None:
         if name is None:
@@ -222,7 +229,6 @@ __all__ = [
     "VimConvolution",
     "VimMixer",
     "VimPatchEmbeddings",
-    "VimProjection",
     "VimRMSNorm",
-    "VimTimeStepProjection",
+    "VimTimeStep",
 ]

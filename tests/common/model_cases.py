@@ -154,6 +154,8 @@ OF_TEXTS = {
     "empty_batch": "a batch without texts has no lengths to route by",
     "export": NO_PROGRAM,
     "compile": NO_PROGRAM,
+    "trace": NO_PROGRAM,
+    "int8": "rounding flips decisions; `test_a_quantised_router_is_heard` quantises a router",
 }
 
 
@@ -244,7 +246,8 @@ SET = Case(
         **dict.fromkeys(
             ("gradient_checkpointing", "reentrant_checkpointing"), "it has no blocks; its steps are stored"
         ),
-        **dict.fromkeys(("export", "compile"), "its forward trains a student and differentiates that"),
+        **dict.fromkeys(("export", "compile", "trace"), "its forward trains a student and differentiates that"),
+        **dict.fromkeys(("a_linear_layer_is_one", "int8"), "it has no layers at all"),
         "loads_without_the_package": "its forward needs a student; its own test brings one",
         "tuple_equals_dict": "its output is of one kind",
         "return_dict_by_config": "its output is of one kind",

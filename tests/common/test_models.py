@@ -15,7 +15,7 @@ from transformers import AutoBackbone, AutoConfig, PreTrainedModel, Trainer, Tra
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import hf_effml
-from helpers import assert_close, existing_gradients, randomized, require_package, run_python
+from helpers import assert_close, existing_gradients, in_model, randomized, require_package, run_python
 
 
 def test_every_public_model_is_here():
@@ -113,9 +113,9 @@ def test_missing_parameters(case, tmp_path, poisoned_memory):
         kept = dict(sorted(weights.items())[start::2])
         save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
         loaded, report = case.model_class.from_pretrained(tmp_path, output_loading_info=True)
-        assert set(report["missing_keys"]) == weights.keys() - kept.keys()
+        assert set(report["missing_keys"]) == {in_model(name) for name in weights.keys() - kept.keys()}
         state = loaded.state_dict()
-        assert_close({name: state[name] for name in kept}, kept)
+        assert_close({name: state[in_model(name)] for name in kept}, kept)
         assert all(value.isfinite().all() for value in state.values())
 
 
@@ -141,7 +141,7 @@ def test_config_and_checkpoint_initialise_alike(case, tmp_path, poisoned_memory)
         kept = {name: value for name, value in weights.items() if name not in missing}
         save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
         loaded = case.model_class.from_pretrained(tmp_path)
-        for name in missing:
+        for name in map(in_model, missing):
             assert_initialised_alike(name, fresh.get_parameter(name), loaded.get_parameter(name))
     for name, parameter in case.auto_class.from_config(config).named_parameters():
         assert_initialised_alike(name, fresh.get_parameter(name), parameter)
@@ -458,3 +458,57 @@ def test_compile(case):
         name: gradient for name, gradient in existing_gradients(model).items() if name in wanted or gradient.any()
     }
     assert_close(found, wanted, 1e-5)
+
+
+@every_model
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace.*:DeprecationWarning")
+def test_trace(case):
+    """The number of images stays free."""
+    model = case.build(**case.undecided)
+    strict = model.base_model_prefix == "vim"  # others return a dictionary there
+    traced = torch.jit.trace(model, tuple(case.inputs(model, batch=1).values()), strict=strict)
+    other = case.inputs(model, batch=3, seed=1)
+    with torch.no_grad():
+        outputs = traced(*other.values())
+        outputs = outputs if isinstance(outputs, tuple) else tuple(outputs.values())
+        assert_close(outputs, model(**other, return_dict=False), 1e-5)
+
+
+# Other linear layers in the place of ours
+
+
+def linear_layers(model: Any) -> dict[str, torch.nn.Linear]:
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)}
+
+
+@every_model
+def test_a_linear_layer_is_one(case):
+    """An equal `nn.Linear` in its place changes nothing, on which quantisers and adapters rely."""
+    model = case.build()
+    inputs = case.inputs(model)
+    before = run(model, inputs)
+    for name, layer in linear_layers(model).items():
+        assert type(layer) is torch.nn.Linear, name
+        equal = torch.nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
+        equal.load_state_dict(layer.state_dict())
+        model.set_submodule(name, equal)
+    assert_close(run(model, inputs), before)
+
+
+@every_model
+@pytest.mark.filterwarnings("ignore:.*torch.ao.quantization.*:DeprecationWarning")
+def test_int8(case):
+    """Every linear layer is quantised and called as a module."""
+    undecided = case.undecided | ({"merge_matching": "random"} if hasattr(case.config(), "merge_matching") else {})
+    for fields in (undecided, {}):
+        model = case.build(**fields)
+        inputs, names, heard = case.inputs(model), linear_layers(model), set()
+        wanted = first_tensor(model, inputs).detach()
+        small = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
+        assert not linear_layers(small)
+        for name in names:
+            small.get_submodule(name).register_forward_hook(lambda *_, name=name, heard=heard: heard.add(name))
+        output = first_tensor(small, inputs)
+        assert heard == names.keys()
+        if fields == undecided:
+            assert_close(output, wanted, 0.1)

@@ -133,6 +133,16 @@ def test_a_fresh_router_follows_the_static_rule(router_type, hidden):
         assert torch.equal(masks_of(learned, torch.rand(real.shape)), masks_of(static, None))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.ao.quantization.*:DeprecationWarning")
+def test_a_quantised_router_is_heard():
+    router, factors = TokenRouter(), torch.rand(2, 9, 4)
+    small = torch.ao.quantization.quantize_dynamic(router, {torch.nn.Linear}, dtype=torch.qint8)
+    heard = []
+    for layer in (small.fc1, small.fc2):
+        layer.register_forward_hook(lambda layer, *_: heard.append(layer))
+    assert (small(factors) - router(factors)).abs().max() < 0.1 and heard == [small.fc1, small.fc2]
+
+
 def test_a_fresh_router_thresholds_near_its_budget():
     real = torch.ones(1, 200, dtype=torch.bool)
     keep = masks_of(state(real, selection="threshold", target_sparsity=0.3), torch.rand(1, 200))

@@ -201,6 +201,7 @@ def mix_by_definition(mixer, given, mask):
     outputs, features = [], []
     for suffix in ("", "_b"):
         conv, dt_proj = getattr(mixer, f"conv1d{suffix}"), getattr(mixer, f"dt_proj{suffix}")
+        dt_bias = getattr(mixer, f"time_step{suffix}").bias
 
         def turned(tensor, backward=bool(suffix)):
             return tensor.flip(1) if backward else tensor
@@ -213,7 +214,7 @@ def mix_by_definition(mixer, given, mask):
         rank, B, C = getattr(mixer, f"x_proj{suffix}")(c).split(mixer.selection_sizes, dim=-1)
         delta = rank @ dt_proj.weight.T
         A = -getattr(mixer, f"A{suffix}_log").exp()
-        y = selective_scan_reference(ScanStream(c, delta, A, B, C, getattr(mixer, f"D{suffix}"), dt_proj.bias))
+        y = selective_scan_reference(ScanStream(c, delta, A, B, C, getattr(mixer, f"D{suffix}"), dt_bias))
         outputs.append(turned(y * F.silu(turned(z))))
         features.append({"B": turned(B), "C": turned(C), "delta": turned(delta)})
     return outputs, features
@@ -282,12 +283,12 @@ def test_initial_mixers(symmetric):
             assert_uniform(getattr(mixer, f"conv1d{suffix}").weight, 4**-0.5, "conv1d")
             assert_uniform(getattr(mixer, f"conv1d{suffix}").bias, 4**-0.5, "conv1d bias")
             assert_uniform(getattr(mixer, f"dt_proj{suffix}").weight, rank**-0.5, "dt_proj")
-        steps = F.softplus(mixer.dt_proj.bias)
+        steps = F.softplus(mixer.time_step.bias)
         assert steps.min() >= 0.00099 and steps.max() <= 0.101 and steps.max() / steps.min() > 20
         if symmetric:
-            assert F.softplus(mixer.dt_proj_b.bias).max() <= 0.101
+            assert F.softplus(mixer.time_step_b.bias).max() <= 0.101
         else:
-            assert (mixer.dt_proj_b.bias == 0).all()
+            assert (mixer.time_step_b.bias == 0).all()
     assert not torch.equal(model.layers[0].mixer.in_proj.weight, model.layers[1].mixer.in_proj.weight)
 
 
@@ -303,7 +304,7 @@ def test_initial_embeddings_and_head():
 def test_time_step_options():
     model = VimModel(tiny_vim_config(time_step_floor=0.05, time_step_init_scheme="constant", time_step_scale=3))
     mixer = model.layers[0].mixer
-    assert F.softplus(mixer.dt_proj.bias).min() > 0.0499
+    assert F.softplus(mixer.time_step.bias).min() > 0.0499
     assert (mixer.dt_proj.weight == 3.0).all()
 
 
@@ -345,7 +346,7 @@ def test_names_without_weight_decay():
         "norm.weight",
         *(
             f"mixer.{name}"
-            for name in ("D", "D_b", "gamma", "dt_proj.bias", "dt_proj_b.bias", "conv1d.bias", "conv1d_b.bias")
+            for name in ("D", "D_b", "gamma", "time_step.bias", "time_step_b.bias", "conv1d.bias", "conv1d_b.bias")
         ),
     }
     decayed = {name for name, _ in model.named_parameters()} - exempt
@@ -453,7 +454,7 @@ def test_the_recurrence_stays_float32_in_half_precision(tmp_path):
     build().save_pretrained(tmp_path)
     half = VimForImageClassification.from_pretrained(tmp_path, dtype=torch.bfloat16)
     kept = {name for name, parameter in half.vim.layers[1].named_parameters() if parameter.dtype == torch.float32}
-    names = ("A_log", "A_b_log", "D", "D_b", "dt_proj.bias", "dt_proj_b.bias")
+    names = ("A_log", "A_b_log", "D", "D_b", "time_step.bias", "time_step_b.bias")
     assert kept == {f"mixer.{name}" for name in names}
     states = half(pixels(half.config), output_hidden_states=True).hidden_states
     assert all(state.dtype == torch.float32 for state in states)
