@@ -1,6 +1,7 @@
 """Trains expert networks and stores what their parameters were after every epoch, as distillation matches them."""
 
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -27,6 +28,7 @@ from hf_effml.distillation.gsam import GSAM
 from hf_effml.distillation.pad import DataCurriculum
 from hf_effml.distillation.real_images import RealImageData, RealImages
 from hf_effml.hub import write_card
+from hf_effml.utils.processes import explaining_lost_processes
 
 
 __all__ = ["ExpertTrainer", "ExpertTrainingArguments"]
@@ -228,7 +230,7 @@ class ExpertTrainer:
             curriculum.validate(order, args.num_train_epochs, data.train.labels)
         self.args, self.data, self.curriculum, self.order = args, data, curriculum, order
         self.config = trainable_config(student_config, data.train)
-        self.state = PartialState(cpu=args.device == "cpu")
+        self.state = _processes(args.device)
         self.device = _device(args.device, self.state)
         self.folder = BankFolder(args.output_dir, self._describe())
 
@@ -244,17 +246,31 @@ class ExpertTrainer:
 
         Raises:
             ValueError: If the folder holds a bank that was made with other settings; the message names them.
-            RuntimeError: If an expert's loss is not finite any more.
+            RuntimeError: If an expert's loss is not finite any more, or another process has ended.
         """
         overwrite = self.args.overwrite_output_dir
         pending = self.folder.missing_experts(resume, overwrite)
         # Every process has looked before one of them writes, and starts when that is done.
-        self.state.wait_for_everyone()
+        self._meet()
         if self.state.is_main_process:
             self.folder.prepare(overwrite)
             self.data.processor.save_pretrained(self.args.output_dir)
-        self.state.wait_for_everyone()
-        mine = pending[self.state.process_index :: self.state.num_processes]
+        self._meet()
+        shares = [pending[process :: self.state.num_processes] for process in range(self.state.num_processes)]
+        with self.folder.at_work(self.state.process_index):
+            # Whoever looks for the others finds all of them at work.
+            self._meet()
+            self._train_all(shares[self.state.process_index])
+            self.folder.finish(shares)
+        if self.state.is_main_process:
+            write_card(self.args.output_dir)
+        return TrajectoryBank.from_pretrained(self.args.output_dir)
+
+    def _meet(self) -> None:
+        with explaining_lost_processes("for all to start"):
+            self.state.wait_for_everyone()
+
+    def _train_all(self, mine: Sequence[int]) -> None:
         train = self.data.train.to(self.device)
         parts = {name: images.to(self.device) for name, images in self._evaluated().items()}
         bar = logging.tqdm(
@@ -266,10 +282,6 @@ class ExpertTrainer:
         with bar:
             for number in mine:
                 self._train_one(number, train, parts, bar)
-        self.folder.finish()
-        if self.state.is_main_process:
-            write_card(self.args.output_dir)
-        return TrajectoryBank.from_pretrained(self.args.output_dir)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> CommitInfo:
         """Uploads the bank with its card.
@@ -350,7 +362,7 @@ class ExpertTrainer:
             measured = {"loss": loss, **self._accuracies(run, parts)}
             run.record(**measured)
             if args.checkpoint_epochs and run.epoch % args.checkpoint_epochs == 0:
-                run.save(unfinished)
+                run.save(unfinished, self.folder.settings)
             bar.set_postfix(expert=number, **{k: f"{v:.3f}" for k, v in measured.items()}, refresh=False)
             bar.update()
         trajectory = torch.stack(run.trajectory).to(getattr(torch, args.save_dtype))
@@ -385,6 +397,19 @@ def _epochs(text: str) -> range:
     if match is None:
         raise ValueError(f"`save_epochs` must be epochs or ranges of them, such as `0-22 50`; got `{text}`.")
     return range(int(match[1]), int(match[2] or match[1]) + 1)
+
+
+def _processes(device: str | None) -> PartialState:
+    """The processes that share the work; on CPUs they only know of each other when they are told to compute there."""
+    cpu = not torch.accelerator.is_available() if device is None else torch.device(device).type == "cpu"
+    state = PartialState(cpu=cpu)
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started > state.num_processes:
+        raise ValueError(
+            f"{started} processes were started, and on `{state.device}` each would train all experts into one folder. "
+            "Start one process, or add `--device cpu`."
+        )
+    return state
 
 
 def _device(name: str | None, state: PartialState) -> torch.device:

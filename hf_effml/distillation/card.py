@@ -16,6 +16,7 @@ from hf_effml.utils.files import write_json
 from hf_effml.utils.report import as_code, markdown_table
 
 from .bank.card import TrajectoryBankFolder
+from .publishing.description import read_description
 from .publishing.evaluations import evaluations_section, merge_evaluations
 from .publishing.sets import INFO_NAME
 
@@ -93,13 +94,12 @@ class DistilledSetFolder(FolderKind):
     @property
     def info(self) -> dict[str, Any]:
         """The set's description."""
-        info = self.read_json(INFO_NAME)
-        if info is None:
+        if not (self.folder / INFO_NAME).is_file():
             raise FileNotFoundError(
                 f"`{self.folder}` holds no distilled set: it has no `{INFO_NAME}`. Write it with "
                 "`save_distilled_dataset`."
             )
-        return info
+        return read_description(self.folder / INFO_NAME)
 
     def metadata(self, name: str) -> DatasetCardData:
         """The card's metadata."""

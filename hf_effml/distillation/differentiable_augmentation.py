@@ -53,6 +53,8 @@ class AugmentationSettings:
     cutout_ratio: float = 0.5
 
     def __post_init__(self):
+        if not isinstance(self.strategy, str):
+            raise ValueError(f"`strategy` must be a text; got {self.strategy!r}.")
         unknown = [name for name in self.operations if name not in OPERATIONS]
         if unknown:
             raise ValueError(
@@ -60,8 +62,9 @@ class AugmentationSettings:
                 f"got {self.strategy!r}, where {', '.join(map(repr, unknown))} is none of them."
             )
         for name in ("crop_ratio", "cutout_ratio"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 0 and less than 1; got {getattr(self, name)}.")
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not 0 <= value < 1:
+                raise ValueError(f"`{name}` must be at least 0 and less than 1; got {value!r}.")
 
     @property
     def operations(self) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """How hard images are by what classifiers early in training make of them, and orders from easy to hard."""
 
+import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -376,7 +377,19 @@ def read_order_file(path: str | Path, labels: Tensor | None = None) -> list[Tens
     path = Path(path)
     with path.open("rb") as file:
         by_numpy = file.read(6) == b"\x93NUMPY"
-    table = np.load(path, allow_pickle=False) if by_numpy else torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(table, Tensor | np.ndarray):
-        raise ValueError(f"{path} must hold one index table; it holds a {type(table).__name__}.")
-    return order_from_table(torch.as_tensor(table), labels)
+    try:
+        table: Any = (
+            np.load(path, allow_pickle=False) if by_numpy else torch.load(path, map_location="cpu", weights_only=True)
+        )
+    except (pickle.UnpicklingError, EOFError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"`{path}` is no index table of NumPy or PyTorch, holds more than numbers, or is damaged: {reason}. It "
+            "was not opened. Save the table alone, with `np.save` or `torch.save`."
+        ) from error
+    if isinstance(table, np.ndarray) and table.dtype.kind in "iuf":
+        table = torch.from_numpy(table.astype(np.float64 if table.dtype.kind == "f" else np.int64))
+    if not isinstance(table, Tensor):
+        kind = f"array of {table.dtype}" if isinstance(table, np.ndarray) else type(table).__name__
+        raise ValueError(f"{path} must hold one index table; it holds a {kind}.")
+    return order_from_table(table, labels)

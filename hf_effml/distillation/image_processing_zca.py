@@ -3,11 +3,15 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
@@ -19,8 +23,10 @@ from .image_pixels import images_to_pixels
 
 
 ZCA_WEIGHTS_NAME = "zca.safetensors"
+_SETTINGS_NAME = "preprocessor_config.json"
 _MATRICES = ("inverse", "matrix", "mean")
 _CHUNK = 1024
+_MOST_PIXELS = 2**15
 # What transformers writes into the saved file or passes on beside our own settings.
 _FOREIGN_KEYS = {"auto_map", "feature_extractor_type", "image_processor_type", "processor_class"}
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -96,8 +102,8 @@ class ZCAImageProcessor(BaseImageProcessor):
             raise ValueError(f'`resize_mode` must be "crop" or "squash"; got {resize_mode!r}.')
         if num_channels not in (1, 3):
             raise ValueError(f"`num_channels` must be 1 or 3; got {num_channels}.")
-        if not epsilon > 0:
-            raise ValueError(f"`epsilon` must be positive, or directions without variance blow up; got {epsilon}.")
+        if not isinstance(epsilon, (int, float)) or not 0 < epsilon < math.inf:
+            raise ValueError(f"`epsilon` must be positive, or directions without variance blow up; got {epsilon!r}.")
         if (image_mean is None) != (image_std is None):
             raise ValueError("Give both `image_mean` and `image_std`, or neither to take those of the images.")
         self.size = _size_dict(size)
@@ -278,11 +284,44 @@ class ZCAImageProcessor(BaseImageProcessor):
         files = super().save_pretrained(save_directory)
         if self.do_whiten:
             file = Path(save_directory) / ZCA_WEIGHTS_NAME
-            save_file(self._matrices, file, metadata={"format": "pt"})
+            with _replacing(file) as unfinished:
+                save_file(self._matrices, unfinished, metadata={"format": "pt"})
             files.append(str(file))
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).resolve().name), **kwargs)
         return files
+
+    def to_json_file(self, json_file_path: str | Path) -> None:
+        """Writes the settings in one go.
+
+        Args:
+            json_file_path (`str` or `Path`):
+                The file.
+        """
+        with _replacing(Path(json_file_path)) as unfinished:
+            unfinished.write_text(self.to_json_string(), encoding="utf-8")
+
+    @classmethod
+    def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Makes a processor of its settings.
+
+        Args:
+            image_processor_dict (`dict[str, Any]`):
+                The settings, as `to_dict` has them.
+            kwargs: Settings in place of those.
+
+        Returns:
+            [`ZCAImageProcessor`]
+
+        Raises:
+            ValueError: If they are no settings of such a processor.
+        """
+        if not isinstance(image_processor_dict, dict):
+            raise ValueError(
+                f"`{_SETTINGS_NAME}` must map names of settings to values; got a "
+                f"{type(image_processor_dict).__name__}. Load or save the processor again."
+            )
+        return super().from_dict(image_processor_dict, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:
@@ -298,16 +337,26 @@ class ZCAImageProcessor(BaseImageProcessor):
 
         Raises:
             OSError: If there is none, or its matrices are missing.
-            ValueError: If the matrices are for images of another size.
+            ValueError: If the matrices are for images of another size, not complete or not finite.
         """
         where = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
-        loaded = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        try:
+            loaded = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        except OSError as error:
+            # A file that is there and cannot be read is another matter than none.
+            if (
+                isinstance(error.__context__, ValueError)
+                or Path(pretrained_model_name_or_path, _SETTINGS_NAME).is_file()
+            ):
+                raise ValueError(f"{error} Load or save the processor again.") from error
+            raise
         processor = loaded[0] if isinstance(loaded, tuple) else loaded
         if processor.do_whiten:
             path = Path(pretrained_model_name_or_path)
             source = str(path.parent if path.is_file() else pretrained_model_name_or_path)
-            processor._set_matrices(load_file(cached_file(source, ZCA_WEIGHTS_NAME, **where)))
-            processor._check_matrices(pretrained_model_name_or_path)
+            matrices = _read_matrices(Path(cached_file(source, ZCA_WEIGHTS_NAME, **where)))
+            processor._check_size(len(matrices["mean"]), pretrained_model_name_or_path)
+            processor._set_matrices(matrices)
         return loaded
 
     def _settings(self) -> dict[str, Any]:
@@ -324,8 +373,8 @@ class ZCAImageProcessor(BaseImageProcessor):
             digest.update(value.numpy())
         self._digest = digest.hexdigest()
 
-    def _check_matrices(self, source: Any) -> None:
-        found, values = len(self._matrices["mean"]), self.num_channels * math.prod(self.image_size or ())
+    def _check_size(self, found: int, source: Any) -> None:
+        values = self.num_channels * math.prod(self.image_size or ())
         if found != values:
             raise ValueError(
                 f"The matrices of {source} are for images of {found} values; {self.num_channels} channels of "
@@ -356,19 +405,69 @@ def _size_dict(size: Any) -> dict[str, int] | None:
         return None
     if isinstance(size, Mapping):
         size = [size.get("height"), size.get("width")]
-    sides = [size, size] if isinstance(size, int) else list(size)
-    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
-        raise ValueError(f"`size` must be one positive number of pixels or (height, width); got {size}.")
+    sides = list(size) if isinstance(size, (list, tuple)) else [size, size]
+    if len(sides) != 2 or not all(isinstance(side, int) and 0 < side <= _MOST_PIXELS for side in sides):
+        raise ValueError(
+            f"`size` must be one positive number of pixels up to {_MOST_PIXELS}, or (height, width); got {size!r}."
+        )
     return {"height": sides[0], "width": sides[1]}
 
 
 def _per_channel(name: str, value: Any, channels: int) -> list[float] | None:
     if value is None:
         return None
-    values = [float(number) for number in (value if isinstance(value, Iterable) else [value] * channels)]
-    if len(values) != channels:
-        raise ValueError(f"`{name}` must have one number per channel, {channels}; got {len(values)}.")
-    return values
+    given = list(value) if isinstance(value, (list, tuple)) else [value] * channels
+    if not all(isinstance(number, (int, float)) and math.isfinite(number) for number in given):
+        raise ValueError(f"`{name}` must be finite numbers; got {value!r}.")
+    if len(given) != channels:
+        raise ValueError(f"`{name}` must have one number per channel, {channels}; got {len(given)}.")
+    return [float(number) for number in given]
+
+
+def _read_matrices(path: Path) -> dict[str, Tensor]:
+    """All three, of shapes that fit together and finite."""
+    try:
+        found = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"`{path}` is damaged, or no safetensors file: {error}. Load or save the processor again."
+        ) from error
+    missing = [name for name in _MATRICES if name not in found]
+    if missing:
+        raise ValueError(
+            f"`{path}` has no tensor `{'`, `'.join(missing)}`, which whitening needs; it holds "
+            f"{', '.join(sorted(found)) or 'none'}. Load or save the processor again."
+        )
+    values = found["mean"].numel()
+    for name in _MATRICES:
+        shape, wanted = tuple(found[name].shape), (values,) if name == "mean" else (values, values)
+        if shape != wanted or found[name].dtype != torch.float32:
+            raise ValueError(
+                f"`{name}` in `{path}` must be float32 of shape {wanted}; got {found[name].dtype} of shape {shape}. "
+                "Load or save the processor again."
+            )
+        if not found[name].isfinite().all():
+            raise ValueError(
+                f"`{name}` in `{path}` holds values that are not finite: all images would become NaN. Load or save "
+                "the processor again."
+            )
+    return found
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Written beside and renamed, as `hf_effml.utils.files` does, which does not go along with a saved processor."""
+    path = path.resolve()
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".unfinished", dir=path.parent)
+    os.close(handle)
+    try:
+        yield Path(name)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(name, path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~umask)
+        os.replace(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)
 
 
 def _whitening(pixels: Tensor, epsilon: float, device: torch.device) -> dict[str, Tensor]:

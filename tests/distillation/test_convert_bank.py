@@ -11,6 +11,7 @@ from hf_effml.distillation.bank.convert import export_pickled_bank, import_disti
 from hf_effml.distillation.configuration_convnet import ConvNetConfig
 from hf_effml.distillation.flat_student import FlatStudent, build_student
 from hf_effml.distillation.image_processing_zca import ZCAImageProcessor
+from hf_effml.distillation.modeling_convnet import ConvNetForImageClassification
 from hf_effml.distillation.real_images import RealImageData, RealImages
 
 
@@ -185,3 +186,28 @@ def test_distilled_tensors(tmp_path):
 def test_tensors_that_do_not_fit(tmp_path, contents, said):
     with pytest.raises(ValueError, match=said):
         import_distilled_tensors(*save(tmp_path, **contents))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "replay_buffer_0.pt` is damaged, or no file of torch: .*Get it again"),
+        (b"\x80\x02", "replay_buffer_0.pt` is damaged, or no file of torch: it ends too early. Get it again"),
+        ([], "must hold a list of experts"),
+        ([[[torch.full((2, 3, 3, 3), torch.nan)]]], "another architecture: 1 parameters"),
+    ],
+)
+def test_empty_and_damaged_buffers(tmp_path, content, said):
+    file = tmp_path / "buffers" / "replay_buffer_0.pt"
+    file.parent.mkdir()
+    file.write_bytes(content) if isinstance(content, bytes) else torch.save(content, file)
+    with pytest.raises(ValueError, match=said):
+        import_pickled_bank(file.parent, tmp_path / "bank", ConvNetConfig(image_size=8, depth=1, hidden_size=2))
+
+
+def test_parameters_that_are_not_finite_are_not_imported(tmp_path):
+    config = ConvNetConfig(image_size=8, depth=1, hidden_size=2)
+    parameters = [torch.full_like(value, torch.nan) for value in ConvNetForImageClassification(config).parameters()]
+    torch.save([[parameters]], tmp_path / "replay_buffer_0.pt")
+    with pytest.raises(ValueError, match="replay_buffer_0.pt` holds parameters that are not finite"):
+        import_pickled_bank(tmp_path, tmp_path / "bank", config)

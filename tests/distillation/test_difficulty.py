@@ -287,3 +287,12 @@ def test_index_files_that_hold_something_else(tmp_path):
         order_from_table(torch.tensor([[0, 1, 2], [3, 5, 6]]), torch.tensor([0, 0, 0, 1, 1, 1]))
     with pytest.raises(ValueError, match="and 1 is missing"):
         order_from_table(torch.tensor([0, 0]), torch.tensor([0, 0]))
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\x80\x02", b"PK\x03\x04", b"\x93NUMPY", b"<html>", b"cos\nsystem\n(S'id'\ntR."]
+)
+def test_files_that_are_no_order(tmp_path, content):
+    (tmp_path / "order").write_bytes(content)
+    with pytest.raises(ValueError, match="order` is no index table of NumPy or PyTorch.*It was not opened"):
+        read_order_file(tmp_path / "order")

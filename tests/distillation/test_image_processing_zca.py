@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from helpers import assert_close, run_python
@@ -246,3 +246,47 @@ def test_impossible_settings(settings, message):
         ZCAImageProcessor(**settings)
     with pytest.raises(TypeError, match="no setting `do_witen`"):
         ZCAImageProcessor(do_witen=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"matrix": None}, "zca.safetensors` has no tensor `matrix`.*it holds inverse, mean"),
+        ({"mean": torch.full((12,), torch.nan)}, "`mean` in `.*zca.safetensors` holds values that are not finite"),
+        ({"inverse": torch.zeros(3, 3)}, r"`inverse` in `.*` must be float32 of shape \(12, 12\)"),
+        ({"matrix": torch.zeros(12, 12, dtype=torch.float64)}, "`matrix` in .* got torch.float64"),
+    ],
+)
+def test_damaged_matrices_are_refused(tmp_path, change, said):
+    ZCAImageProcessor.from_images(torch.rand(20, 3, 2, 2)).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / ZCA_WEIGHTS_NAME) | change
+    save_file({name: value for name, value in tensors.items() if value is not None}, tmp_path / ZCA_WEIGHTS_NAME)
+    with pytest.raises(ValueError, match=said):
+        ZCAImageProcessor.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "null", '{"image_mean": [NaN, 0, 0], "image_std": [1, 1, 1]}', '{"size": "a"}']
+)
+def test_damaged_settings_are_refused(tmp_path, text):
+    (tmp_path / "preprocessor_config.json").write_text(text)
+    with pytest.raises(ValueError, match="preprocessor_config.json|`image_mean` must be finite|`size` must be"):
+        ZCAImageProcessor.from_pretrained(tmp_path)
+
+
+def test_a_full_disk_leaves_the_old_files(tmp_path, monkeypatch):
+    processor = ZCAImageProcessor.from_images(torch.rand(20, 3, 2, 2))
+    processor.save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def half(tensors, path, **options):
+        Path(path).write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("hf_effml.distillation.image_processing_zca.save_file", half)
+    with pytest.raises(OSError, match="No space left"):
+        ZCAImageProcessor.from_images(torch.rand(20, 3, 2, 2)).save_pretrained(tmp_path)
+    monkeypatch.setattr(Path, "write_text", lambda path, *_, **__: half(None, path))
+    with pytest.raises(OSError, match="No space left"):
+        ZCAImageProcessor.from_images(torch.rand(20, 3, 2, 2), do_whiten=False).save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

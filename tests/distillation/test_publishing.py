@@ -9,7 +9,7 @@ import pytest
 import torch
 from huggingface_hub import DatasetCard
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from helpers import assert_close, require_package, run_python, tiny_vim_config
 from hf_effml import (
@@ -483,3 +483,44 @@ def test_last_step_where_nothing_was_chosen(expert_bank, tmp_path):
     trainer = TrajectoryMatchingTrainer(distilled_from_real(data, bank, 1), args, bank=bank)
     folder = trainer.save_dataset(tmp_path / "elsewhere")
     assert load_distilled(folder).info["selected"] == {"step": 0, "rule": "the last one"}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("images", torch.nan, "`images` in the `model.safetensors` of `.*` holds 1 value.* not finite"),
+        ("labels", torch.inf, "`labels` in the `model.safetensors`"),
+        ("lr", torch.nan, "`lr` in the `model.safetensors`"),
+        ("lr", -1.0, "`lr` in the `model.safetensors` of `.*` must be positive"),
+        ("images", None, "lack `images`"),
+    ],
+)
+def test_a_model_that_cannot_be_trained_on_is_refused(tmp_path, name, value, said):
+    make_model().save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    if value is None:
+        del tensors[name]
+    else:
+        tensors[name].view(-1)[0] = value
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=said):
+        load_distilled(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ([], "does not describe a distilled set"),
+        ({"classes": 3}, "`classes` in `.*distillation.json` must be a list of names; got 3"),
+        ({"results": "good"}, "`results` in .* must be a list of reports"),
+        ({"learning_rate": float("nan")}, "`learning_rate` in .* must be a positive number; got nan"),
+        ({"protocol": {"augmentation": None}}, "`protocol` in .* must be a protocol with its `augmentation`"),
+        ({"image_shape": [3, 8]}, "`image_shape` in .* must be channels, height and width"),
+    ],
+)
+def test_descriptions_of_another_type_are_named(folder, change, said):
+    info = json.loads((folder / INFO_NAME).read_text())
+    (folder / INFO_NAME).write_text(json.dumps(change if isinstance(change, list) else info | change))
+    for use in (load_distilled, render_card, lambda path: add_evaluations(path, [])):
+        with pytest.raises(ValueError, match=said):
+            use(folder)

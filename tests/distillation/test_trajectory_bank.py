@@ -8,7 +8,7 @@ import pytest
 import torch
 from hub.conftest import ALICE, client, hub  # noqa: F401
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import ResNetConfig
 
 from helpers import assert_close, pixels
@@ -338,3 +338,52 @@ def test_over_the_hub(tmp_path, client):  # noqa: F811
     assert not client.leaks()
     with safe_open(tmp_path / "b" / expert_name(0), "pt") as file:
         assert file.keys() == ["trajectory"]
+
+
+@pytest.mark.parametrize("header", ["null", "[1]", "{", '{"history": 3}', '{"history": [{}]}'])
+def test_headers_of_another_kind_are_refused(tmp_path, header):
+    make_bank(tmp_path)
+    bank = TrajectoryBank.from_pretrained(tmp_path)
+    path = tmp_path / expert_name(0)
+    save_file(load_file(path), path, metadata={"hf_effml": header})
+    with pytest.raises(ValueError, match="expert-00000.safetensors`"):
+        bank.check_expert(0)
+
+
+def test_values_that_are_not_finite_are_refused_when_they_are_read(tmp_path):
+    make_bank(tmp_path)
+    bank = TrajectoryBank.from_pretrained(tmp_path)
+    path = tmp_path / expert_name(0)
+    tensors = load_file(path)
+    tensors["trajectory"][1, 2] = torch.nan
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata()
+    save_file(tensors, path, metadata=header)
+    said = "`trajectory` in `.*expert-00000.safetensors` holds values that are not finite"
+    with pytest.raises(ValueError, match=said):
+        bank.read(0, bank.epochs)
+    with pytest.raises(ValueError, match=said):
+        bank.check_expert(0)
+    bank.read(0, bank.epochs[0])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_experts": "2"},
+        {"num_experts": 2**31},
+        {"epochs": []},
+        {"epochs": {"0": 1}},
+        {"parameters": None},
+        {"parameters": [{"name": "a", "shape": [-1]}]},
+        {"student": []},
+        {"dataset": 3},
+        {"history": [[None]]},
+    ],
+)
+def test_descriptions_of_another_type_are_named(tmp_path, change):
+    make_bank(tmp_path)
+    path = tmp_path / "bank.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=f"`{next(iter(change))}` in `.*bank.json` must be "):
+        TrajectoryBank.from_pretrained(tmp_path)

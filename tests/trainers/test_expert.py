@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from transformers import ResNetConfig, ViTConfig
 
 from helpers import assert_close
 from hf_effml.distillation.bank.experts import ExpertRun
-from hf_effml.distillation.bank.files import expert_name
+from hf_effml.distillation.bank.files import expert_name, write_tensors
 from hf_effml.distillation.bank.trajectories import TrajectoryBank
 from hf_effml.distillation.configuration_convnet import ConvNetConfig
 from hf_effml.distillation.flat_student import FlatStudent, build_student, seed_from
@@ -137,8 +138,8 @@ def test_every_expert_has_its_own_batches_and_one_update_of_statistics(tmp_path)
 
     def watch(run, images, labels):
         loss = step(run, images, labels)
-        seen.setdefault(id(run), []).append(images)
-        updates[id(run)] = int(run.module.features[1].num_batches_tracked)
+        seen.setdefault(run.seed, []).append(images)
+        updates[run.seed] = int(run.module.features[1].num_batches_tracked)
         return loss
 
     with pytest.MonkeyPatch.context() as patch:
@@ -397,3 +398,80 @@ def test_digits(tmp_path):
     config = convnet(num_channels=1, num_labels=10)
     bank = trainer(tmp_path, config, data, num_experts=1, num_train_epochs=6, train_batch_size=16).train()
     assert bank.mean_accuracy("train")[6] > 0.3
+
+
+def test_an_unfinished_expert_of_other_settings_is_refused(tmp_path):
+    cut = trainer(tmp_path, num_experts=1, checkpoint_epochs=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cut, "_shown", lambda epoch: torch.arange(30) if epoch < 2 else 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            cut.train()
+    (tmp_path / "bank.json").unlink()
+    with pytest.raises(ValueError, match="expert-00000.*other settings: `training.learning_rate` is 0.1"):
+        trainer(tmp_path, num_experts=1, learning_rate=0.2).train()
+    assert len(trainer(tmp_path, num_experts=1).train()) == 1
+
+
+def test_a_damaged_state_is_named(tmp_path):
+    folder = trainer(tmp_path, num_experts=1).folder
+    folder.prepare(overwrite=False)
+    write_tensors(folder.unfinished(0), {"model.x": torch.ones(1)}, {"epoch": 1, "history": []})
+    with pytest.raises(ValueError, match="expert-00000.safetensors` is no state of this expert.*Delete it"):
+        trainer(tmp_path, num_experts=1).train()
+
+
+def test_two_runs_do_not_train_in_one_folder(tmp_path):
+    other = trainer(tmp_path).folder
+    other.prepare(overwrite=False)
+    with other.at_work(0), pytest.raises(ValueError, match="Another run is training experts in"):
+        trainer(tmp_path, overwrite_output_dir=True).train()
+    trainer(tmp_path).train()
+
+
+def test_a_process_gives_up_waiting_for_a_dead_one(tmp_path):
+    """The second process is killed in its first expert; the first one has finished and waits."""
+
+    def in_process(index):
+        os.environ.update(
+            RANK=str(index), LOCAL_RANK=str(index), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port
+        )
+        torch.set_num_threads(1)
+        PartialState._reset_state()
+        mine = trainer(tmp_path, num_experts=2)
+        if index:
+            mine._train_one = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+            mine.train()
+        said = r"Process 1 has ended before it had trained `expert-00001.safetensors` \(1 of its 1 experts"
+        with pytest.raises(RuntimeError, match=said):
+            mine.train()
+        (tmp_path / "told").touch()
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    processes = [multiprocessing.get_context("fork").Process(target=in_process, args=(index,)) for index in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, -signal.SIGKILL] and (tmp_path / "told").exists()
+
+
+def test_processes_on_cpus_share_the_experts(tmp_path):
+    """As `torchrun` starts them, without a word on the device."""
+
+    def in_each_process():
+        torch.set_num_threads(1)
+        os.environ.pop("ACCELERATE_USE_CPU", None)
+        mine = trainer(tmp_path, num_experts=2, device=None)
+        assert mine.state.num_processes == 2
+        trained = []
+        mine._train_one, original = (
+            (lambda number, *rest: (trained.append(number), original(number, *rest))),
+            mine._train_one,
+        )
+        mine.train()
+        assert trained == [mine.state.process_index]
+
+    PartialState._reset_state()
+    debug_launcher(in_each_process, num_processes=2)

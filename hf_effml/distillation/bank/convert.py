@@ -257,7 +257,10 @@ def _flat(tensors: list[Tensor], student: FlatStudent, path: Path) -> Tensor:
             f"shape {student.shapes[wrong]}"
         )
         raise ValueError(f"`{path}` holds another architecture: {what}. Change `config`.")
-    return torch.cat([tensor.detach().float().reshape(-1) for tensor in tensors])
+    flat = torch.cat([tensor.detach().float().reshape(-1) for tensor in tensors])
+    if not flat.isfinite().all():
+        raise ValueError(f"`{path}` holds parameters that are not finite. Train that expert again, or leave it out.")
+    return flat
 
 
 def _tensor(path: str | Path) -> Tensor:
@@ -280,4 +283,5 @@ def _load(path: str | Path) -> Any:
             "was not opened. Get the file from its authors again, or ask them for plain tensors."
         ) from error
     except (EOFError, OSError, RuntimeError) as error:
-        raise ValueError(f"`{path}` is damaged, or no file of torch: {str(error).splitlines()[0]}") from error
+        reason = str(error).partition("\n")[0] or "it ends too early"
+        raise ValueError(f"`{path}` is damaged, or no file of torch: {reason}. Get it again.") from error

@@ -93,19 +93,21 @@ class ExpertRun:
             self.trajectory.append(torch.cat([p.detach().reshape(-1).cpu() for p in self.module.parameters()]))
         self.history.append({"epoch": self.epoch, **measured})
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path, settings: Mapping[str, Any]) -> None:
         """Writes all that the next epoch depends on.
 
         Args:
             path (`Path`):
                 The file.
+            settings (`Mapping`):
+                What the expert is trained with, JSON-plain.
         """
         state = {f"model.{name}": value for name, value in self.module.state_dict().items()}
         momenta = self.optimizer.state_dict()["state"].items()
         state |= {f"momentum.{index}": each["momentum_buffer"] for index, each in momenta if each}
         state |= {f"trajectory.{row}": value for row, value in enumerate(self.trajectory)}
         tensors = {name: value.detach().cpu().clone() for name, value in state.items()}
-        write_tensors(path, tensors, {"epoch": self.epoch, "history": self.history})
+        write_tensors(path, tensors, {"epoch": self.epoch, "history": self.history, "settings": dict(settings)})
 
     def load(self, path: Path) -> None:
         """Goes on from what [`~ExpertRun.save`] wrote.
@@ -113,18 +115,29 @@ class ExpertRun:
         Args:
             path (`Path`):
                 The file.
+
+        Raises:
+            ValueError: If it is damaged.
         """
         header = read_header(path)
-        self.epoch, self.history = header["epoch"], header["history"]
         parts: dict[str, dict[str, Tensor]] = {"model": {}, "momentum": {}, "trajectory": {}}
-        for name, value in load_file(path).items():
-            part, _, key = name.partition(".")
-            parts[part][key] = value
-        self.trajectory = [parts["trajectory"][str(row)] for row in range(len(parts["trajectory"]))]
-        self.module.load_state_dict(parts["model"])
-        optimizer = self.optimizer.state_dict()
-        optimizer["state"] = {int(index): {"momentum_buffer": value} for index, value in parts["momentum"].items()}
-        self.optimizer.load_state_dict(optimizer)
+        try:
+            self.epoch, self.history = header["epoch"], header["history"]
+            for name, value in load_file(path).items():
+                part, _, key = name.partition(".")
+                parts[part][key] = value
+                if value.is_floating_point() and not value.isfinite().all():
+                    raise ValueError(f"`{name}` is not finite")
+            self.trajectory = [parts["trajectory"][str(row)] for row in range(len(parts["trajectory"]))]
+            self.module.load_state_dict(parts["model"])
+            optimizer = self.optimizer.state_dict()
+            optimizer["state"] = {int(index): {"momentum_buffer": value} for index, value in parts["momentum"].items()}
+            self.optimizer.load_state_dict(optimizer)
+        except (KeyError, RuntimeError, ValueError) as error:
+            reason = str(error).partition("\n")[0]
+            raise ValueError(
+                f"`{path}` is no state of this expert, or damaged: {reason} Delete it, and the expert starts anew."
+            ) from error
 
     def _step(self, images: Tensor, labels: Tensor) -> Tensor:
         def closure() -> Tensor:

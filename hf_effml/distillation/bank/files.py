@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hf_effml.utils.files import write_json, write_safetensors
+from hf_effml.utils.forms import Form, check_forms, is_count, is_list, is_mapping, is_text, optional
 from hf_effml.utils.shards import differing_settings
 
 
@@ -20,6 +21,7 @@ __all__ = [
     "bank_fingerprint",
     "different_settings",
     "expert_name",
+    "identifying",
     "mean_accuracies",
     "read_bank",
     "read_header",
@@ -45,6 +47,9 @@ _SETTINGS = (
     "curriculum",
 )
 _REQUIRED = ("num_experts", "student", "parameters", "epochs")
+# What a name of five digits tells apart.
+_MOST_EXPERTS = 10**5
+_MOST_PARAMETERS = 10**12
 
 
 def expert_name(expert: int) -> str:
@@ -71,9 +76,22 @@ def bank_fingerprint(metadata: Mapping[str, Any]) -> str:
         `str`: equal for equal settings.
     """
     # As it is read again, where keys are texts.
-    plain = json.loads(json.dumps({name: metadata.get(name) for name in _SETTINGS}))
+    plain = json.loads(json.dumps(identifying(metadata)))
     text = json.dumps(plain, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def identifying(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Takes the settings that tell a bank from others.
+
+    Args:
+        metadata (`Mapping`):
+            Content of `bank.json`.
+
+    Returns:
+        `dict`: without what may change, such as the number of experts.
+    """
+    return {name: metadata.get(name) for name in _SETTINGS}
 
 
 def different_settings(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
@@ -88,7 +106,7 @@ def different_settings(there: Mapping[str, Any], here: Mapping[str, Any]) -> lis
     Returns:
         `list[str]`: one phrase for each setting; empty if experts of both fit together.
     """
-    return differing_settings(*({name: bank.get(name) for name in _SETTINGS} for bank in (there, here)))
+    return differing_settings(identifying(there), identifying(here))
 
 
 def read_bank(path: str | Path) -> dict[str, Any]:
@@ -110,8 +128,8 @@ def read_bank(path: str | Path) -> dict[str, Any]:
         raise ValueError(
             f"`{path}` is no JSON: {error}. Load the bank again or train it in another folder."
         ) from error
-    version = metadata.get("format_version") if isinstance(metadata, dict) else None
-    if not isinstance(version, int):
+    version: Any = metadata.get("format_version") if isinstance(metadata, dict) else None
+    if not isinstance(metadata, dict) or not is_count(version):
         raise ValueError(f"`{path}` describes no bank of trajectories: it has no `format_version`.")
     if version > FORMAT_VERSION:
         raise ValueError(
@@ -120,6 +138,7 @@ def read_bank(path: str | Path) -> dict[str, Any]:
     missing = [name for name in _REQUIRED if name not in metadata]
     if missing:
         raise ValueError(f"`{path}` is incomplete: `{'`, `'.join(missing)}` is missing.")
+    check_forms(metadata, _FORMS, str(path), "Load the bank again or train it in another folder.")
     return metadata
 
 
@@ -169,9 +188,25 @@ def read_header(path: str | Path) -> dict[str, Any]:
 
     Returns:
         `dict`: what [`write_tensors`] got as `header`; empty if the file is not from there.
+
+    Raises:
+        ValueError: If it is damaged.
     """
-    with safe_open(path, framework="pt") as file:
-        return json.loads((file.metadata() or {}).get(_HEADER, "{}"))
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ValueError(f"`{path}` is no file of a bank, or damaged: {error}. Load or train it again.") from error
+    if not is_mapping(header):
+        raise ValueError(
+            f"The header `{_HEADER}` of `{path}` must be a mapping; got {header!r}. Load or train it again."
+        )
+    forms = {
+        "history": ("a list of what was measured", optional(_is_history)),
+        "settings": ("a mapping", optional(is_mapping)),
+    }
+    check_forms(header, forms, str(path), "Load or train it again.")
+    return header
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
@@ -207,3 +242,31 @@ def mean_accuracies(metadata: Mapping[str, Any], split: str) -> dict[int, tuple[
             if entry.get(f"{split}_accuracy") is not None:
                 values.setdefault(entry["epoch"], []).append(entry[f"{split}_accuracy"])
     return {epoch: (statistics.mean(each), statistics.pstdev(each)) for epoch, each in sorted(values.items())}
+
+
+def _is_parameter(entry: Any) -> bool:
+    if not is_mapping(entry) or not is_text(entry.get("name")):
+        return False
+    return is_list(entry.get("shape"), lambda side: is_count(side, _MOST_PARAMETERS))
+
+
+def _are_epochs(value: Any) -> bool:
+    return is_list(value, lambda epoch: type(epoch) is int and epoch >= 0) and value == sorted(set(value)) != []
+
+
+def _is_history(value: Any) -> bool:
+    return is_list(value, lambda entry: is_mapping(entry) and type(entry.get("epoch")) is int)
+
+
+_FORMS: dict[str, Form] = {
+    "num_experts": (f"a number from 1 to {_MOST_EXPERTS:,}", lambda value: is_count(value, _MOST_EXPERTS)),
+    "student": (
+        "a configuration with its `model_type`",
+        lambda value: is_mapping(value) and is_text(value.get("model_type")),
+    ),
+    "parameters": ("a list of names and shapes", lambda value: is_list(value, _is_parameter) and value != []),
+    "epochs": ("an ascending list of numbers", _are_epochs),
+    "dataset": ("a mapping, or null", optional(is_mapping)),
+    "training": ("a mapping, or null", optional(is_mapping)),
+    "history": ("for every expert a list of what was measured", optional(lambda value: is_list(value, _is_history))),
+}

@@ -181,13 +181,19 @@ class TrajectoryBank:
 
         Raises:
             IndexError: If there is no such expert.
-            ValueError: If an epoch was not kept, or the file is damaged.
+            ValueError: If an epoch was not kept, the file is damaged, or a value that is read is not finite.
         """
         rows = [self._row(epoch) for epoch in ([epochs] if isinstance(epochs, int) else epochs)]
         trajectory = self._open(expert)
         result = torch.empty(len(rows), self.num_parameters)
         for index, row in enumerate(rows):
             result[index] = trajectory[row]
+        # A sum costs next to nothing, and is not finite if one of its terms is not.
+        if not result.sum().isfinite() and not result.isfinite().all():
+            raise ValueError(
+                f"`trajectory` in `{self.folder / expert_name(expert)}` holds values that are not finite. Load or "
+                "train that expert again."
+            )
         return result
 
     def pair(self, expert: int, start_epoch: int, expert_epochs: int) -> tuple[Tensor, Tensor]:
@@ -315,9 +321,10 @@ class TrajectoryBank:
 
         Raises:
             IndexError: If there is no such expert.
-            ValueError: If its file is damaged, or belongs to another bank.
+            ValueError: If its file is damaged, not finite, or belongs to another bank.
         """
-        self._open(expert)
+        for epoch in self.epochs:
+            self.read(expert, epoch)
 
     def _check_files(self) -> None:
         """Looks at names and sizes only, so that opening a large bank takes no time."""

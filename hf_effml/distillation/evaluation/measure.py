@@ -313,5 +313,6 @@ def _check_set(training_set: TrainingSet, test: "RealImages") -> None:
             f"The soft labels must have the shape {(len(images), test.num_labels)}, as `test` has {test.num_labels} "
             f"classes; got {tuple(soft_labels.shape)}."
         )
-    if soft_labels is not None and not torch.isfinite(soft_labels).all():
-        raise ValueError("The soft labels hold values that are not finite. The distillation has failed.")
+    for what, values in (("images", images), ("soft labels", soft_labels)):
+        if values is not None and not values.isfinite().all():
+            raise ValueError(f"The {what} hold values that are not finite. The distillation has failed.")

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers.utils import logging
@@ -11,6 +12,7 @@ from hf_effml.distillation.evaluation.protocols import get_protocol
 from hf_effml.distillation.evaluation.students import student_name
 from hf_effml.distillation.evaluation.training_sets import as_training_set
 from hf_effml.distillation.modeling_distilled_dataset import DistilledDatasetModel
+from hf_effml.utils.forms import Form, check_forms, is_count, is_list, is_mapping, is_number, is_text, optional
 
 from .run import DistillationRun
 
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
     from hf_effml.distillation.evaluation.report import EvaluationReport
 
 
-__all__ = ["FORMAT_VERSION", "describe_distillation", "names_of_classes"]
+__all__ = ["FORMAT_VERSION", "describe_distillation", "names_of_classes", "read_description"]
 
 logger = logging.get_logger(__name__)
 
@@ -84,6 +86,33 @@ def describe_distillation(
     return json.loads(json.dumps({key: value for key, value in found.items() if value is not None}, default=str))
 
 
+def read_description(path: Path) -> dict[str, Any]:
+    """Reads the `distillation.json` of a set.
+
+    Args:
+        path (`Path`):
+            The file.
+
+    Returns:
+        `dict[str, Any]`: what [`describe_distillation`] has found, and the files of the set.
+
+    Raises:
+        ValueError: If it describes no set, or was written by a later version of this package.
+    """
+    try:
+        info = json.loads(path.read_text(encoding="utf-8"))
+        number = {name: info[name] for name in _FORMS}["format_version"]
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"`{path}` does not describe a distilled set ({error!r}). Save the set again.") from error
+    if is_count(number) and number > FORMAT_VERSION:
+        raise ValueError(
+            f"`{path}` was written by a later version of hf-effml ({info.get('hf_effml_version')}). Run `pip install "
+            "-U hf-effml`."
+        )
+    check_forms(info, _FORMS | _OPTIONAL_FORMS, str(path), "Save the set again.")
+    return info
+
+
 def names_of_classes(model: DistilledDatasetModel) -> list[str]:
     """Names of a set's classes, in the order of their numbers.
 
@@ -138,3 +167,36 @@ def _describe_experts(bank: "TrajectoryBank") -> dict[str, Any]:
     found = {"number": len(bank), "revision": bank.revision, "epochs": [bank.epochs[0], bank.epochs[-1]]}
     found |= {name: bank.metadata.get(name) for name in names}
     return {key: value for key, value in found.items() if value is not None}
+
+
+def _is_protocol(value: Any) -> bool:
+    return is_mapping(value) and is_mapping(value.get("augmentation")) and is_count(value.get("batch_size"))
+
+
+def _is_report(value: Any) -> bool:
+    return is_mapping(value) and is_mapping(value.get("protocol")) and is_mapping(value.get("accuracies"))
+
+
+# What is read out of a description, and what of it may be missing.
+_FORMS: dict[str, Form] = {
+    "classes": ("a list of names", lambda value: is_list(value, is_text) and value != []),
+    "files": (
+        "a mapping from names to digests",
+        lambda value: is_mapping(value) and all(map(is_text, value.values())),
+    ),
+    "format_version": ("a number", is_count),
+    "images_per_class": ("a positive number", is_count),
+    "learning_rate": ("a positive number", lambda value: is_number(value) and value > 0),
+    "protocol": ("a protocol with its `augmentation`", _is_protocol),
+}
+_OPTIONAL_FORMS: dict[str, Form] = {
+    "image_shape": ("channels, height and width", optional(lambda value: is_list(value, is_count, 3))),
+    "images": ("a number", optional(is_count)),
+    "value_range": ("two numbers", optional(lambda value: is_list(value, is_number, 2))),
+    "results": ("a list of reports", optional(lambda value: is_list(value, _is_report))),
+    **{name: ("a text", optional(is_text)) for name in ("bank", "method", "preprocessing", "student_name")},
+    **{
+        name: ("a mapping", optional(is_mapping))
+        for name in ("arguments", "dataset", "experts", "selected", "student", "versions")
+    },
+}

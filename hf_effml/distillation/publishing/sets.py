@@ -7,11 +7,13 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.utils import logging
@@ -22,7 +24,7 @@ from hf_effml.distillation.image_processing_zca import ZCA_WEIGHTS_NAME, ZCAImag
 from hf_effml.distillation.modeling_distilled_dataset import DistilledDatasetModel
 from hf_effml.utils.files import is_leftover, remove_leftovers, replacing_folder, write_json
 
-from .description import FORMAT_VERSION, describe_distillation
+from .description import describe_distillation, read_description
 from .pictures import image_grid, map_grid
 from .tables import check_distilled, read_table, to_dataset
 
@@ -35,8 +37,6 @@ INFO_NAME = "distillation.json"
 DATA_NAME = "data/train-00000-of-00001.parquet"
 PICTURE_NAME, MAPS_NAME = "images.png", "maps.png"
 _PROCESSOR_NAME = "preprocessor_config.json"
-# What reading a set takes out of its description.
-_NEEDED = ("classes", "files", "format_version", "images_per_class", "learning_rate", "protocol")
 
 
 class DistilledSet(NamedTuple):
@@ -161,27 +161,15 @@ def load_distilled(
     except (EntryNotFoundError, HFValidationError, RepositoryNotFoundError):
         return _load_model(name, revision, token)
     # The folder of a file in the cache is named by the commit; all other files come from the same one.
-    for file in _read_info(path)["files"]:
+    for file in read_description(path)["files"]:
         hf_hub_download(name, file, revision=path.parent.name, **where)
     return _read_folder(path.parent)
 
 
-def _read_info(path: Path) -> dict[str, Any]:
-    try:
-        info = json.loads(path.read_text(encoding="utf-8"))
-        version = {name: info[name] for name in _NEEDED}["format_version"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"`{path}` does not describe a distilled set ({error!r}). Save the set again.") from error
-    if version > FORMAT_VERSION:
-        raise ValueError(
-            f"`{path}` was written by a later version of hf-effml ({info.get('hf_effml_version')}). Run `pip install "
-            "-U hf-effml`."
-        )
-    return info
-
-
 def _read_folder(folder: Path) -> DistilledSet:
-    info = _read_info(folder / INFO_NAME)
+    info = read_description(folder / INFO_NAME)
+    if DATA_NAME not in info["files"]:
+        raise ValueError(f"`{folder / INFO_NAME}` does not list `{DATA_NAME}`, the set itself. Save the set again.")
     for name, digest in info["files"].items():
         if not (folder / name).is_file() or _digest(folder / name) != digest:
             raise ValueError(
@@ -189,11 +177,24 @@ def _read_folder(folder: Path) -> DistilledSet:
                 "was changed by hand. Load or save it again."
             )
     images, class_ids, soft_labels = read_table(folder / DATA_NAME)
-    augmentation = AugmentationSettings(**info["protocol"]["augmentation"])
-    found = TrainingSet(images, class_ids, soft_labels, info["learning_rate"], augmentation)
-    check_distilled(found, info["classes"], info["images_per_class"])
+    found = TrainingSet(images, class_ids, soft_labels, info["learning_rate"], _augmentation(info, folder))
+    try:
+        check_distilled(found, info["classes"], info["images_per_class"])
+    except ValueError as error:
+        raise ValueError(f"`{folder / DATA_NAME}`: {error}") from error
     has_processor = _PROCESSOR_NAME in info["files"]
     return DistilledSet(found, info, ZCAImageProcessor.from_pretrained(folder) if has_processor else None)
+
+
+def _augmentation(info: dict[str, Any], folder: Path) -> AugmentationSettings:
+    settings = info["protocol"]["augmentation"]
+    known = {each.name for each in fields(AugmentationSettings)}
+    if settings.keys() - known:
+        raise ValueError(
+            f"`protocol.augmentation` in `{folder / INFO_NAME}` may hold {', '.join(sorted(known))}; got "
+            f"{', '.join(sorted(settings))}. Save the set again."
+        )
+    return AugmentationSettings(**settings)
 
 
 def _load_model(name: str, revision: str | None, token: str | bool | None) -> DistilledSet:
@@ -201,22 +202,48 @@ def _load_model(name: str, revision: str | None, token: str | bool | None) -> Di
     where = {"revision": revision, "token": token}
     try:
         # A folder without a configuration gives an empty one.
-        fields, reason = PreTrainedConfig.get_config_dict(name, **where)[0], None
+        config, reason = PreTrainedConfig.get_config_dict(name, **where)[0], None
     except OSError as error:
-        fields, reason = {}, error
-    if not fields:
+        config, reason = {}, error
+    if not config:
         raise FileNotFoundError(
             f"`{name}` holds no distilled set: it is no folder with a `{INFO_NAME}` or a model, and no data set or "
             "model on the Hub that you may read. `hf-effml train pad` makes one."
         ) from reason
-    if fields.get("model_type") != DistilledDatasetModel.config_class.model_type:
-        raise ValueError(f"`{name}` is a model of type `{fields.get('model_type')}`, no distilled set.")
-    model = DistilledDatasetModel.from_pretrained(name, use_safetensors=True, **where)
+    if config.get("model_type") != DistilledDatasetModel.config_class.model_type:
+        raise ValueError(f"`{name}` is a model of type `{config.get('model_type')}`, no distilled set.")
+    model = _read_model(name, **where)
     try:
         processor = ZCAImageProcessor.from_pretrained(name, **where)
     except OSError:
         processor = None
     return DistilledSet(as_training_set(model), describe_distillation(model), processor)
+
+
+def _read_model(name: str, **where: Any) -> DistilledDatasetModel:
+    """The model, if all of it was in the file and can be trained on."""
+    try:
+        model, found = DistilledDatasetModel.from_pretrained(
+            name, use_safetensors=True, output_loading_info=True, **where
+        )
+    except (RuntimeError, SafetensorError) as error:
+        raise ValueError(
+            f"The weights of `{name}` are damaged, or of another shape than its configuration: {error}"
+        ) from error
+    if found["missing_keys"]:
+        raise ValueError(
+            f"The weights of `{name}` lack `{'`, `'.join(sorted(found['missing_keys']))}`. Save it again."
+        )
+    for parameter, value in model.named_parameters():
+        bad = int((~value.isfinite()).sum())
+        if bad:
+            raise ValueError(
+                f"`{parameter}` in the `model.safetensors` of `{name}` holds {bad} value(s) that are not finite. Load "
+                "or save it again, or take an earlier checkpoint."
+            )
+    if not model.lr > 0:
+        raise ValueError(f"`lr` in the `model.safetensors` of `{name}` must be positive; got {model.lr.item():.3g}.")
+    return model
 
 
 def _check_processor(preprocessing: str | None, processor: ZCAImageProcessor | None) -> None:
