@@ -5,6 +5,7 @@ Example: `hf-effml train dyvm --recipe smoke --output_dir dyvm-smoke`
 
 import sys
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 from hf_effml import Augmentation, DyVMForImageClassification, DyVMTrainer, DyVMTrainingArguments
@@ -61,9 +62,10 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
         program=__file__,
         description=__doc__,
     )
-    vim, data, options = load_start(script, augmentation, args)
-    trainer = DyVMTrainer(DyVMForImageClassification.from_vim(vim, **selection.fields()), **options)
-    model, report = trainer.model, Report("train_dyvm", COLUMNS)
+    build = partial(DyVMForImageClassification.from_vim, **selection.fields())
+    model, data, options = load_start(script, augmentation, args, build)
+    trainer = DyVMTrainer(model, **options)
+    report = Report("train_dyvm", COLUMNS)
     model.set_pruning(False)
     dense = trainer.evaluate(metric_key_prefix="dense")["dense_accuracy"]
     report.add("its start", accuracy=dense, accuracy_before=dense, **_work(model, 1.0))

@@ -5,6 +5,7 @@ Example: `hf-effml train rmeeto --recipe smoke --output_dir rmeeto-smoke`
 
 import sys
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 from hf_effml import (
@@ -71,8 +72,9 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
     )
     if not merging.merge_r and merging.merge_target_ratio is None:
         raise ValueError("Say how much to merge: `--merge_r 5`, or `--merge_target_ratio 0.3`.")
-    vim, data, options = load_start(script, augmentation, args)
-    trainer = RMeeToTrainer(RMeeToVimForImageClassification.from_vim(vim, **merging.fields()), **options)
+    build = partial(RMeeToVimForImageClassification.from_vim, **merging.fields())
+    model, data, options = load_start(script, augmentation, args, build)
+    trainer = RMeeToTrainer(model, **options)
     report, config = Report("train_rmeeto", COLUMNS), trainer.model.config
     tokens = merge_schedule(config)
     with token_merging(trainer.model, r=0):

@@ -6,14 +6,15 @@ Example: `hf-effml train token-router --recipe smoke --output_dir token-router-s
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from transformers import set_seed
 
 from hf_effml import TokenRouterConfig, TokenRouterModel, TokenRouterTrainer, TokenRouterTrainingArguments
 from hf_effml.cli.parsing import parse_arguments, run_script
+from hf_effml.cli.settings import check_least
 from hf_effml.token_router.comparison import score_router
-from hf_effml.token_router.schedule_search import search_sparsity_schedule
+from hf_effml.token_router.schedule_search import SearchSettings, search_sparsity_schedule
 from hf_effml.utils.language_models import load_language_model, train_language_model
 from hf_effml.utils.text_data import TextData, load_text, make_windows
 from hf_effml.utils.text_examples import LeftPaddingCollator, make_examples
@@ -24,8 +25,7 @@ class ScriptArguments:
     """What to start from, and what to learn from."""
 
     model_name_or_path: str | None = field(
-        default=None,
-        metadata={"help": "Folder or Hub id of the language model; or see `start_steps`."},
+        default=None, metadata={"help": "Folder or Hub id of the language model; or see `start_steps`."}
     )
     start_steps: int = field(default=0, metadata={"help": "Steps to train a tiny one for, in OUTPUT_DIR/start."})
     dtype: str = field(default="auto", metadata={"help": "Type to load its weights in: auto, float32, bfloat16 ..."})
@@ -50,8 +50,21 @@ class ScriptArguments:
     search_windows: int = field(default=48, metadata={"help": "Texts to try schedules on."})
 
     def __post_init__(self) -> None:
+        check_least(self, sequence_length=2, eval_windows=1, search_windows=1, start_steps=0, search_generations=0)
         if self.prompt_length is None:
             self.prompt_length = self.sequence_length * 3 // 4
+        if not 0 < self.prompt_length < self.sequence_length:
+            raise ValueError(f"`prompt_length` must be from 1 to below `sequence_length`; got {self.prompt_length}.")
+        if self.search_generations or self.refine_generations:
+            SearchSettings(population=self.search_population)
+
+    def windows(self, texts: Any, tokenizer: Any, limit: int) -> Any:
+        """So many pieces of texts."""
+        return make_windows(texts, tokenizer, limit=limit, **self.cut())
+
+    def cut(self) -> dict[str, Any]:
+        """How texts are cut."""
+        return {"length": self.sequence_length, "single_line_breaks": self.single_line_breaks}
 
 
 @dataclass
@@ -82,14 +95,8 @@ class RoutingArguments:
 
 def main(argv: list[str] | None = None) -> dict[str, object]:
     """Runs the program with the arguments `argv` (the command line's when None) and returns its results."""
-    script, routing, args = parse_arguments(
-        ScriptArguments,
-        RoutingArguments,
-        TokenRouterTrainingArguments,
-        argv=argv,
-        program=__file__,
-        description=__doc__,
-    )
+    types = (ScriptArguments, RoutingArguments, TokenRouterTrainingArguments)
+    script, routing, args = parse_arguments(*types, argv=argv, program=__file__, description=__doc__)
     config = TokenRouterConfig(**asdict(routing))
     data = load_text(script.data, script.text_column)
     eval_data = data if script.eval_data is None else load_text(script.eval_data, script.eval_text_column)
@@ -98,14 +105,11 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
     )
     base, tokenizer = load_language_model(name, dtype=script.dtype)
     set_seed(args.seed)
-    cut = {"single_line_breaks": script.single_line_breaks}
-    test = make_windows(eval_data.test, tokenizer, script.sequence_length, limit=script.eval_windows, **cut)
+    test = script.windows(eval_data.test, tokenizer, script.eval_windows)
     trainer = TokenRouterTrainer(
         TokenRouterModel(base, config),
         args,
-        train_dataset=make_examples(
-            data.train, tokenizer, script.sequence_length, completion_marker=script.completion_marker, **cut
-        ),
+        train_dataset=make_examples(data.train, tokenizer, completion_marker=script.completion_marker, **script.cut()),
         data_collator=LeftPaddingCollator(tokenizer.pad_token_id),
         processing_class=tokenizer,
     )
@@ -124,25 +128,17 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
     trainer.create_model_card()
     print(f"\n{report.as_text()}\n\nWrote {args.output_dir}. To load it:")
     print(f"AutoModelForCausalLM.from_pretrained({args.output_dir!r}, trust_remote_code=True)")
-    report.facts |= {"output_dir": args.output_dir, "steps": trainer.state.global_step}
-    report.facts["sparsity_schedule"] = list(config.schedule)
-    return report.as_dict()
+    facts = {"output_dir": args.output_dir, "steps": trainer.state.global_step, "sparsity_schedule": config.schedule}
+    return report.as_dict() | facts
 
 
 def _search(
     script: ScriptArguments, trainer: TokenRouterTrainer, data: TextData, router_type: str, name: str, generations: int
 ) -> None:
     """Searches a schedule; what an earlier run has found is continued."""
-    windows = make_windows(
-        data.train,
-        trainer.processing_class,
-        script.sequence_length,
-        limit=script.search_windows,
-        single_line_breaks=script.single_line_breaks,
-    )
     result = search_sparsity_schedule(
         trainer.model,
-        windows,
+        script.windows(data.train, trainer.processing_class, script.search_windows),
         script.prompt_length,
         population=script.search_population,
         generations=generations,

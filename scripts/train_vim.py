@@ -5,6 +5,7 @@ Example: `hf-effml train vim --recipe smoke --output_dir vim-smoke`
 
 import sys
 from dataclasses import dataclass, field
+from typing import Any
 
 from hf_effml import (
     Augmentation,
@@ -21,21 +22,26 @@ from hf_effml.cli.parsing import parse_arguments, run_script
 from hf_effml.cli.start_model import trainer_options
 
 
+SIZES = ("image_size", "patch_size", "patch_stride", "hidden_size", "num_hidden_layers", "state_size")
+
+
 @dataclass
 class VimScriptArguments:
-    """What to train, and on what."""
+    """What to train, and on what. A trained Vim has its own sizes; those after a semicolon are a new one's."""
 
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Folder or Hub id of a Vim to start from; a new one if left out."}
     )
     data: str = field(default="digits", metadata={"help": "digits, a folder, or the id of a data set on the Hub."})
-    image_size: int = field(default=224, metadata={"help": "Side of the images in pixels."})
-    crop_share: float = field(default=0.875, metadata={"help": "Share of the shorter side that the crop keeps."})
-    patch_size: int = field(default=16, metadata={"help": "Side of a patch in pixels."})
-    patch_stride: int | None = field(default=None, metadata={"help": "Step between patches; their side if left out."})
-    hidden_size: int = field(default=192, metadata={"help": "Width: 192 tiny, 384 small, 768 base."})
-    num_hidden_layers: int = field(default=24, metadata={"help": "Number of blocks."})
-    state_size: int = field(default=16, metadata={"help": "States per channel of the scan."})
+    image_size: int | None = field(default=None, metadata={"help": "Side of the images in pixels; 224."})
+    crop_share: float | None = field(
+        default=None, metadata={"help": "Share of the shorter side that the crop keeps; 0.875."}
+    )
+    patch_size: int | None = field(default=None, metadata={"help": "Side of a patch in pixels; 16."})
+    patch_stride: int | None = field(default=None, metadata={"help": "Step between patches; their side."})
+    hidden_size: int | None = field(default=None, metadata={"help": "Width: 192 tiny, 384 small, 768 base; 192."})
+    num_hidden_layers: int | None = field(default=None, metadata={"help": "Number of blocks; 24."})
+    state_size: int | None = field(default=None, metadata={"help": "States per channel of the scan; 16."})
     drop_path_rate: float = field(default=0.0, metadata={"help": "Stochastic depth of the last block."})
     symmetric_dt_init: bool = field(
         default=False, metadata={"help": "Start both directions alike; learns faster on small data."}
@@ -57,9 +63,11 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
     set_seed(args.seed)
     source = script.model_name_or_path
     if source is None:
-        processor = vim_image_processor(script.image_size, script.crop_share)
+        _new_config(script)
+        processor = vim_image_processor(script.image_size or 224, script.crop_share or 0.875)
     else:
         processor = load_image_processor(source)
+        _check_shape(script, VimConfig.from_pretrained(source), processor)
     data = load_image_data(script.data, processor, augmentation, seed=args.seed)
     trainer = VimTrainer(_model(script, data), **trainer_options(augmentation, args, data, processor))
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
@@ -80,9 +88,27 @@ def _model(script: VimScriptArguments, data: ImageData) -> VimForImageClassifica
             ignore_mismatched_sizes=True,
             **data.label_fields,
         )
-    names = ("image_size", "patch_size", "patch_stride", "hidden_size", "num_hidden_layers", "state_size")
-    fields = {name: getattr(script, name) for name in (*names, "drop_path_rate", "symmetric_dt_init")}
-    return VimForImageClassification(VimConfig(**fields, **data.label_fields))
+    return VimForImageClassification(_new_config(script, **data.label_fields))
+
+
+def _new_config(script: VimScriptArguments, **labels: Any) -> VimConfig:
+    sizes = {name: getattr(script, name) for name in SIZES if getattr(script, name) is not None}
+    others = {"drop_path_rate": script.drop_path_rate, "symmetric_dt_init": script.symmetric_dt_init}
+    return VimConfig(**sizes, **others, **labels)
+
+
+def _check_shape(script: VimScriptArguments, config: VimConfig, processor: Any) -> None:
+    """Refuses sizes that a trained Vim does not have; recipes may say those that it has."""
+    height = processor.crop_size["height"]
+    own = {name: getattr(config, name) for name in SIZES}
+    own["crop_share"] = round(height / processor.size.get("shortest_edge", height), 3)
+    for name, value in own.items():
+        asked = getattr(script, name)
+        if asked is not None and asked != value:
+            raise ValueError(
+                f"`--{name} {asked}` does not fit `{script.model_name_or_path}`, which has {value}, and a trained Vim "
+                "keeps its shape. Leave the option out, or train a new one without `--model_name_or_path`."
+            )
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 
-__all__ = ["as_options", "check_finite", "check_type", "read_settings", "read_yaml"]
+__all__ = ["as_options", "check_finite", "check_least", "check_type", "read_settings", "read_yaml"]
 
 # Far above what any recipe needs; nine lines with aliases can stand for a billion values.
 _MOST_BYTES, _MOST_VALUES, _MOST_LEVELS = 2**20, 100_000, 40
@@ -191,6 +191,24 @@ def check_finite(name: str, value: Any) -> None:
     if isinstance(value, dict):
         for key, item in value.items():
             check_finite(f"{name}.{key}", item)
+
+
+def check_least(options: Any, **bounds: float) -> None:
+    """Refuses fields that are below what they must be.
+
+    Args:
+        options (`Any`):
+            An instance of a dataclass.
+        bounds (`dict`):
+            The least value of each field.
+
+    Raises:
+        ValueError: If a field is below its least value.
+    """
+    for name, bound in bounds.items():
+        value = getattr(options, name)
+        if not value >= bound:
+            raise ValueError(f"`{name}` must be at least {bound}; got {value}.")
 
 
 def as_options(name: str, value: Any) -> list[str]:

@@ -1,10 +1,16 @@
 """What programs share that train image models: the data, the Vim to start from, and what is said at the end."""
 
 import copy
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from hf_effml.utils.imports import require
+from hf_effml.utils.shards import ShardFolder
+
+from .recipes import read_recipes
 
 
 if TYPE_CHECKING:
@@ -58,9 +64,14 @@ def trainer_options(augmentation: "Augmentation", args: Any, data: "ImageData", 
 
 
 def load_start(
-    script: StartArguments, augmentation: "Augmentation", args: Any
-) -> "tuple[VimForImageClassification, ImageData, dict[str, Any]]":
+    script: StartArguments,
+    augmentation: "Augmentation",
+    args: Any,
+    build: "Callable[[VimForImageClassification], Any]",
+) -> "tuple[Any, ImageData, dict[str, Any]]":
     """Loads the Vim to start from, training it first if need be, and the data.
+
+    What can be wrong with the options is found before anything is trained: `build` is tried on a Vim without weights.
 
     Args:
         script ([`StartArguments`]):
@@ -69,9 +80,11 @@ def load_start(
             How training images are changed.
         args (`TrainingArguments`):
             How to train.
+        build (`Callable`):
+            Makes the model to train from the Vim.
 
     Returns:
-        `tuple[VimForImageClassification, ImageData, dict]`: the Vim, the data, and [`trainer_options`].
+        `tuple[PreTrainedModel, ImageData, dict]`: the model, the data, and [`trainer_options`].
 
     Raises:
         ValueError: If nothing says where to start, or the Vim knows another number of classes.
@@ -80,7 +93,8 @@ def load_start(
 
     from hf_effml import VimForImageClassification, load_image_data, load_image_processor
 
-    start = script.model_name_or_path or _trained_start(script, args.output_dir)
+    _try_options(script, augmentation, args, build)
+    start = script.model_name_or_path or _trained_start(script, args)
     set_seed(args.seed)
     processor = load_image_processor(start)
     data = load_image_data(script.data, processor, augmentation, seed=args.seed)
@@ -91,22 +105,60 @@ def load_start(
             f"`{start}` knows {vim.config.num_labels} classes, `{data.name}` has {len(data.labels)}. Fine-tune it "
             f"first: `hf-effml train vim --model_name_or_path {start} --data {script.data}`."
         )
-    return vim, data, trainer_options(augmentation, args, data, processor)
+    return build(vim), data, trainer_options(augmentation, args, data, processor)
 
 
-def _trained_start(script: StartArguments, output_dir: str) -> str:
-    """The folder of the start model; what an earlier run has left there is used or continued."""
+def _try_options(script: StartArguments, augmentation: "Augmentation", args: Any, build: Any) -> None:
+    """Raises what would be raised once the start model is trained."""
+    import torch
+    from transformers import AutoConfig
+
+    from hf_effml import VimConfig, VimForImageClassification
+
+    if script.model_name_or_path is not None:
+        config = VimConfig.from_pretrained(script.model_name_or_path)
+    else:
+        known = {each.name for each in fields(VimConfig)}
+        config = VimConfig(**{name: value for name, value in _start_settings(script).items() if name in known})
+    if script.drop_path_rate is not None:
+        config = VimConfig(**config.to_dict() | {"drop_path_rate": script.drop_path_rate})
+    with torch.device("meta"):
+        build(VimForImageClassification(config))
+    augmentation.collator(config.num_labels, args.label_smoothing_factor)
+    if augmentation.needs_timm:
+        require("timm")
+    if args.teacher not in ("self", "none"):
+        AutoConfig.from_pretrained(args.teacher)
+
+
+def _start_settings(script: StartArguments) -> dict[str, Any]:
+    """The recipe of the start model, which has to exist."""
     if script.start_recipe is None:
         raise ValueError(
             "There is no model to start from. Give one with `--model_name_or_path FOLDER`, or the recipe that trains "
             "one with `--start_recipe smoke`."
         )
-    folder = Path(output_dir) / "start"
+    recipes = read_recipes("vim")
+    if script.start_recipe not in recipes:
+        raise ValueError(
+            f"`--start_recipe {script.start_recipe}` is no recipe of a Vim; there are: {', '.join(recipes)}."
+        )
+    return {name: value for name, value in recipes[script.start_recipe].items() if name not in ("about", "output_dir")}
+
+
+def _trained_start(script: StartArguments, args: Any) -> str:
+    """The folder of the start model; what an earlier run with its settings has left there is used or continued."""
+    folder = Path(args.output_dir) / "start"
+    own = {"data": script.data, "seed": args.seed}
     # Its card is written last.
-    if not (folder / "README.md").exists():
-        resume = ["--resume_from_checkpoint", "true"] if any(folder.glob("checkpoint-*")) else []
-        train = import_module("hf_effml.scripts.train_vim").main
-        train(["--recipe", script.start_recipe, "--output_dir", str(folder), *resume])
+    start = ShardFolder(folder, ["README.md"], _start_settings(script) | own, "_start.json")
+    if not start.start():
+        print(f"The start model `{folder}` is there, trained by an earlier run with the same settings.")
+        return str(folder)
+    resume = ["--resume_from_checkpoint", "true"] if any(folder.glob("checkpoint-*")) else []
+    options = [word for name, value in own.items() for word in (f"--{name}", str(value))]
+    train = import_module("hf_effml.scripts.train_vim").main
+    train(["--recipe", str(script.start_recipe), *options, "--output_dir", str(folder), *resume])
     return str(folder)
 
 

@@ -222,7 +222,7 @@ def search_sparsity_schedule(
 
     ```
     """
-    settings = _Settings(population, generations, elite, mutation_rate, mutation_scale, patience, seed)
+    settings = SearchSettings(population, generations, elite, mutation_rate, mutation_scale, patience, seed)
     own = _config_of(model)
     config = _search_config(own, router_type)
     trial = _Trial(model, config, windows, prompt_length, fitness, batch_size)
@@ -266,16 +266,21 @@ def _search_config(config: TokenRouterConfig, router_type: str) -> TokenRouterCo
 
 
 @dataclass(frozen=True)
-class _Settings:
-    """The genetic algorithm's."""
+class SearchSettings:
+    """How the genetic algorithm works; see [`search_sparsity_schedule`]. Programs make it before they train anything.
 
-    population: int
-    generations: int
-    elite: int
-    mutation_rate: float
-    mutation_scale: float
-    patience: int | None
-    seed: int
+    Raises:
+        TypeError: If a number of something is none.
+        ValueError: If a value is impossible.
+    """
+
+    population: int = 24
+    generations: int = 20
+    elite: int = 4
+    mutation_rate: float = 0.3
+    mutation_scale: float = 0.1
+    patience: int | None = 5
+    seed: int = 0
 
     def __post_init__(self) -> None:
         least = {"population": 2, "generations": 0, "elite": 1, "patience": 1, "seed": 0}
@@ -469,7 +474,7 @@ def _starts(config: TokenRouterConfig, influence: list[float] | None) -> list[li
 
 
 def _evolve(
-    settings: _Settings,
+    settings: SearchSettings,
     config: TokenRouterConfig,
     starts: list[list[float]],
     evaluate: Callable[[list[float]], float],
@@ -511,7 +516,7 @@ def _fitness(individual: tuple[float, list[float]]) -> float:
 
 
 def _child(
-    individuals: list[tuple[float, list[float]]], settings: _Settings, generator: torch.Generator
+    individuals: list[tuple[float, list[float]]], settings: SearchSettings, generator: torch.Generator
 ) -> list[float]:
     """Two winners of tournaments are mixed block by block, then some of the shares are changed."""
     rivals = torch.randint(len(individuals), (2, _TOURNAMENT), generator=generator, device="cpu")

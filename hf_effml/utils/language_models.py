@@ -1,5 +1,6 @@
 """A small language model to start from where none is given: trained on this machine in seconds, tokenizer included."""
 
+import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,11 +18,15 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from transformers.utils import logging
 
+from .shards import ShardFolder
 from .text_data import make_windows
 
 
 __all__ = ["load_language_model", "train_language_model"]
+
+logger = logging.get_logger(__name__)
 
 _START, _PAD = "<s>", "<pad>"
 _VOCABULARY, _WINDOW = 512, 256
@@ -49,7 +54,7 @@ def load_language_model(name_or_path: str, **options: Any) -> tuple[Any, Any]:
 
 
 def train_language_model(texts: Sequence[str], folder: str | Path, steps: int, seed: int) -> str:
-    """Trains a Llama of 4 blocks and a tokenizer of 512 entries; what an earlier run has left there is used.
+    """Trains a Llama of 4 blocks and a tokenizer of 512 entries; what an earlier run of its settings has left is used.
 
     Args:
         texts (`Sequence[str]`):
@@ -65,7 +70,7 @@ def train_language_model(texts: Sequence[str], folder: str | Path, steps: int, s
         `str`: the folder.
 
     Raises:
-        ValueError: If there are no steps.
+        ValueError: If there are no steps, or the folder's model was trained with others, or on other texts.
     """
     if steps < 1:
         raise ValueError(
@@ -73,8 +78,11 @@ def train_language_model(texts: Sequence[str], folder: str | Path, steps: int, s
             "one with `--start_steps 200`."
         )
     folder = Path(folder)
+    settings = {"steps": steps, "seed": seed, "texts": _digest(texts)}
     # The tokenizer is saved last.
-    if (folder / "tokenizer_config.json").exists():
+    start = ShardFolder(folder, ["tokenizer_config.json"], settings, "_start.json")
+    if not start.start():
+        logger.warning(f"The start model `{folder}` is there, trained by an earlier run with the same settings.")
         return str(folder)
     tokenizer = _train_tokenizer(texts)
     windows = make_windows(texts, tokenizer, _WINDOW)
@@ -113,6 +121,13 @@ def train_language_model(texts: Sequence[str], folder: str | Path, steps: int, s
     trainer.model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+def _digest(texts: Sequence[str]) -> str:
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(text.encode("utf-8", "surrogatepass") + b"\0")
+    return digest.hexdigest()[:16]
 
 
 def _train_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:

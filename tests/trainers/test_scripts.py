@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForImageClassification
 
 from helpers import require_package, run_python
@@ -150,6 +151,21 @@ def test_dyvm_experiment_reports_every_way(tmp_path):
         experiment_dyvm.main(["--block_keep_ratio", "0.8"])
 
 
+@pytest.mark.parametrize(
+    "option, value, message",
+    [
+        ("image_size", "32", "`--image_size 32` does not fit .*, which has 16"),
+        ("hidden_size", "32", "`--hidden_size 32` does not fit .*, which has 16"),
+        ("crop_share", "0.5", "`--crop_share 0.5` does not fit .*, which has 1.0"),
+    ],
+)
+def test_a_trained_vim_keeps_its_shape(start, tmp_path, option, value, message):
+    argv = ["--model_name_or_path", str(start), "--output_dir", str(tmp_path), *SMALL]
+    with pytest.raises(ValueError, match=message):
+        train_vim.main([*argv, f"--{option}", value])
+    assert train_vim.main([*argv, "--image_size", "16", "--crop_share", "1.0"])["steps"] == 2
+
+
 def test_start_is_trained_once(tmp_path, monkeypatch):
     require_package("sklearn")
     calls = []
@@ -163,7 +179,28 @@ def test_start_is_trained_once(tmp_path, monkeypatch):
     folder = tmp_path / "run"
     for _ in range(2):
         train_rmeeto.main(["--recipe", "smoke", "--output_dir", str(folder), *SMALL])
-    assert calls == [["--recipe", "smoke", "--output_dir", str(folder / "start")]]
+    own = ["--data", "digits", "--seed", "42"]
+    assert calls == [["--recipe", "smoke", *own, "--output_dir", str(folder / "start")]]
+    with pytest.raises(ValueError, match="`seed` is 42 there and 7 here. Choose another folder, or delete this one."):
+        train_rmeeto.main(["--recipe", "smoke", "--output_dir", str(folder), "--seed", "7", *SMALL])
+
+
+@pytest.mark.parametrize(
+    "program, argv, message",
+    [
+        (train_rmeeto, ["--merge_target_ratio", "1.5"], "merge_target_ratio"),
+        (train_rmeeto, ["--merge_interval", "0"], "merge_interval"),
+        (train_rmeeto, ["--start_recipe", "smok"], "`--start_recipe smok` is no recipe of a Vim; there are: smoke"),
+        (train_dyvm, ["--pruning_layers", "9"], "pruning_layers"),
+        (train_dyvm, ["--teacher", "."], "Unrecognized model|config.json"),
+        (train_dyvm, ["--drop_path_rate", "2"], "drop_path_rate"),
+    ],
+)
+def test_wrong_values_are_found_before_the_start_is_trained(program, argv, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_vim, "main", None)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((ValueError, OSError, StrictDataclassError), match=message):
+        program.main(["--recipe", "smoke", "--output_dir", str(tmp_path), *argv])
 
 
 def test_mixing_smooths_in_place_of_the_loss(tmp_path):

@@ -90,6 +90,32 @@ def test_the_start_model_is_used_again(trained, monkeypatch):
     assert train_token_router.main(argv)["rows"][0] == results["rows"][0]
 
 
+def test_another_start_model_than_the_one_there_is_refused(trained):
+    folder, _ = trained
+    argv = [f"--output_dir={folder}", "--target_sparsity=0.4", *SMALL]
+    with pytest.raises(ValueError, match="`steps` is 2 there and 3 here. Choose another folder, or delete this one."):
+        train_token_router.main(["--start_steps=3", *argv])
+    with pytest.raises(ValueError, match="`seed` is 42 there and 7 here"):
+        train_token_router.main(["--start_steps=2", "--seed=7", *argv])
+
+
+@pytest.mark.parametrize(
+    "option, message",
+    [
+        ("--search_population=1", "`population` must be at least 2; got 1."),
+        ("--sequence_length=1", "`sequence_length` must be at least 2; got 1."),
+        ("--prompt_length=96", "`prompt_length` must be from 1 to below `sequence_length`; got 96."),
+        ("--eval_windows=0", "`eval_windows` must be at least 1; got 0."),
+    ],
+)
+def test_wrong_values_are_found_before_anything_is_trained(option, message, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_effml.utils.language_models.Trainer", None)
+    argv = ["--start_steps=2", f"--output_dir={tmp_path}", "--search_generations=1", "--sequence_length=96", option]
+    with pytest.raises(ValueError, match=message):
+        train_token_router.main(argv)
+    assert not [*tmp_path.iterdir()]
+
+
 def test_texts_with_a_completion(trained, tmp_path, monkeypatch):
     datasets = require_package("datasets")
     folder, _ = trained

@@ -14,7 +14,7 @@ from helpers import require_package, tiny_vim_config
 from hf_effml import MixupCollator, VimForImageClassification, VimTrainer, VimTrainingArguments
 from hf_effml.trainers.base import last_complete_checkpoint
 from hf_effml.trainers.vision import AVERAGE_NAME, WeightAverage, accuracy
-from hf_effml.utils.run_lock import only_run_in
+from hf_effml.utils.files import only_run_in
 
 
 def images(count=16, seed=1):
