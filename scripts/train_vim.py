@@ -20,6 +20,7 @@ from hf_effml import (
 )
 from hf_effml.cli.parsing import parse_arguments, run_script
 from hf_effml.cli.start_model import trainer_options
+from hf_effml.utils.sources.class_labels import are_names, known_classes
 
 
 SIZES = ("image_size", "patch_size", "patch_stride", "hidden_size", "num_hidden_layers", "state_size")
@@ -82,12 +83,7 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
 
 def _model(script: VimScriptArguments, data: ImageData) -> VimForImageClassification:
     if script.model_name_or_path is not None:
-        return VimForImageClassification.from_pretrained(
-            script.model_name_or_path,
-            drop_path_rate=script.drop_path_rate,
-            ignore_mismatched_sizes=True,
-            **data.label_fields,
-        )
+        return _trained(script.model_name_or_path, data, drop_path_rate=script.drop_path_rate)
     return VimForImageClassification(_new_config(script, **data.label_fields))
 
 
@@ -109,6 +105,22 @@ def _check_shape(script: VimScriptArguments, config: VimConfig, processor: Any) 
                 f"`--{name} {asked}` does not fit `{script.model_name_or_path}`, which has {value}, and a trained Vim "
                 "keeps its shape. Leave the option out, or train a new one without `--model_name_or_path`."
             )
+
+
+def _trained(source: str, data: ImageData, **options: float) -> VimForImageClassification:
+    """A trained Vim; where it knows other classes than the data, with a head that starts anew."""
+    known = VimConfig.from_pretrained(source)
+    if set(known_classes(known)) == set(data.labels):
+        # It keeps its own numbers, and the trainer gives them to the images.
+        return VimForImageClassification.from_pretrained(source, **options)
+    fields: dict[str, Any] = options | data.label_fields
+    vim = VimForImageClassification.from_pretrained(source, ignore_mismatched_sizes=True, **fields)
+    if known.num_labels != len(data.labels) or not are_names(known_classes(known)):
+        return vim
+    print(f"{source} knows other classes than {data.name}: its head starts anew.")
+    fresh = VimForImageClassification(vim.config)
+    fresh.vim.load_state_dict(vim.vim.state_dict())
+    return fresh
 
 
 if __name__ == "__main__":

@@ -206,6 +206,7 @@ def distil(
     # What the end needs is asked for before hours of work.
     require("datasets")
     data = reload_real_images(bank.metadata["dataset"].get("arguments"), bank.image_processor, script.data)
+    data = data if bank.label_names is None else data.aligned_to(bank.label_names)
     how = {"method": script.initialization, "seed": args.seed, "device": args.device, **script.config_fields()}
     model = distilled_from_real(data, bank, script.images_per_class, **how)
     initial = DistilledDatasetModel(model.config).set_content(model.images, model.labels, model.lr)

@@ -17,6 +17,7 @@ from hf_effml.distillation.edf import area_weights, constant_maps, for_map_netwo
 from hf_effml.distillation.feature_layers import demanded_size, on_device
 from hf_effml.distillation.flat_student import seed_from
 from hf_effml.utils.files import write_safetensors
+from hf_effml.utils.sources.class_labels import are_names, known_classes, match_classes
 
 from .trajectory_matching import TrajectoryMatchingTrainer
 from .trajectory_matching_arguments import TrajectoryMatchingTrainingArguments
@@ -110,13 +111,23 @@ def _usual_drop_ratio(images_per_class: int) -> float:
     return next((ratio for most, ratio in _DROP_RATIOS if images_per_class <= most), _DROP_RATIOS[-1][1])
 
 
-def _check_equal_classes(cam_model: nn.Module, num_labels: int, cam_class: str) -> None:
-    known = getattr(getattr(cam_model, "config", cam_model), "num_labels", num_labels)
-    if cam_class == "label" and known != num_labels:
-        raise ValueError(
-            f"`cam_model` tells {known} classes apart, the synthetic set has {num_labels}. Say by `cam_label_map` "
-            'which of its classes belongs to each, or choose `cam_class="legacy"` for those of equal number.'
-        )
+def _matching_classes(cam_model: nn.Module, config: Any, cam_class: str) -> list[int]:
+    """The number of every class of the set among those of the classifier."""
+    theirs = getattr(cam_model, "config", cam_model)
+    known = getattr(theirs, "num_labels", config.num_labels)
+    names = known_classes(theirs) if hasattr(theirs, "id2label") else []
+    if cam_class != "label" or not names or not (are_names(names) and are_names(known_classes(config))):
+        if cam_class == "label" and known != config.num_labels:
+            raise ValueError(
+                f"`cam_model` tells {known} classes apart, the synthetic set has {config.num_labels}. Say by "
+                '`cam_label_map` which of its classes belongs to each, or choose `cam_class="legacy"` for those of '
+                "equal number."
+            )
+        return list(range(config.num_labels))
+    try:
+        return match_classes("the synthetic set", known_classes(config), theirs)
+    except ValueError as error:
+        raise ValueError(f"{error} Or say by `cam_label_map` which class of `cam_model` belongs to each.") from error
 
 
 class EDFTrainer(TrajectoryMatchingTrainer):
@@ -138,8 +149,8 @@ class EDFTrainer(TrajectoryMatchingTrainer):
         cam_processor (`Any`, *optional*):
             Image processor of `cam_model`. Defaults to that of the synthetic images.
         cam_label_map (`Mapping[int, int]`, *optional*):
-            The class of `cam_model` for each class of the set. Defaults to the same numbers, which is right for
-            networks trained on the set's classes.
+            The class of `cam_model` for each class of the set. Defaults to the one of the same name, and where either
+            names none to the same number.
         kwargs (`dict`, *optional*):
             Further arguments of [`TrajectoryMatchingTrainer`].
 
@@ -186,8 +197,7 @@ class EDFTrainer(TrajectoryMatchingTrainer):
                 "on other ones, pass its image processor as `cam_processor`."
             )
         if args.cam_class == "legacy" or cam_label_map is None:
-            _check_equal_classes(self.cam_model, model.config.num_labels, args.cam_class)
-            cam_label_map = {number: number for number in range(model.config.num_labels)}
+            cam_label_map = dict(enumerate(_matching_classes(self.cam_model, model.config, args.cam_class)))
         # Complains at once if a class is missing.
         map_class_ids(torch.arange(model.config.num_labels), cam_label_map)
         self._cam_label_map = cam_label_map

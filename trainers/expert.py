@@ -29,6 +29,7 @@ from hf_effml.distillation.pad import DataCurriculum
 from hf_effml.distillation.real_images import RealImageData, RealImages
 from hf_effml.hub import write_card
 from hf_effml.utils.processes import explaining_lost_processes
+from hf_effml.utils.sources.class_labels import check_same_classes
 
 
 __all__ = ["ExpertTrainer", "ExpertTrainingArguments"]
@@ -230,6 +231,7 @@ class ExpertTrainer:
             curriculum.validate(order, args.num_train_epochs, data.train.labels)
         self.args, self.data, self.curriculum, self.order = args, data, curriculum, order
         self.config = trainable_config(student_config, data.train)
+        check_same_classes("`student_config` and `data`", self.config, data.label_names)
         self.state = _processes(args.device)
         self.device = _device(args.device, self.state)
         self.folder = BankFolder(args.output_dir, self._describe())

@@ -27,6 +27,7 @@ from hf_effml.hub import push_folder, write_card
 from hf_effml.hub.privacy import scrub, scrub_command
 from hf_effml.utils.files import remove_leftovers, replacing_file
 from hf_effml.utils.imports import usable
+from hf_effml.utils.sources.class_labels import check_same_classes
 
 from .base import EffMLTrainer, _changed_arguments, _command_line
 from .trajectory_matching_arguments import TrajectoryMatchingTrainingArguments
@@ -142,6 +143,8 @@ class TrajectoryMatchingTrainer(EffMLTrainer):
                 f"The bank's experts tell {classes} classes apart, the synthetic set has {model.config.num_labels}. "
                 "Train experts on the same classes."
             )
+        if self.bank.label_names is not None:
+            check_same_classes("The synthetic set and the bank's experts", model.config, self.bank.label_names)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Trains the synthetic set, whose configuration then names the method.

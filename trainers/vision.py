@@ -23,6 +23,8 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 
 from hf_effml.utils.augmentation import MixupCollator
 from hf_effml.utils.files import write_safetensors
+from hf_effml.utils.image_data import aligned
+from hf_effml.utils.sources.class_labels import check_same_classes
 
 from .arguments import EffMLTrainingArguments
 from .base import EffMLTrainer
@@ -75,7 +77,8 @@ class VisionTrainer(EffMLTrainer):
     """[`~transformers.Trainer`] for image models. Subclasses say which.
 
     Accuracy is measured unless `compute_metrics` says otherwise. A [`MixupCollator`] mixes training batches only. A
-    data set with a method `set_epoch` is told the epoch.
+    data set with a method `set_epoch` is told the epoch. Images of [`load_image_data`] get the class numbers that the
+    model has for the names of their classes.
     """
 
     loss_is_scaled_for_ga = False
@@ -85,6 +88,8 @@ class VisionTrainer(EffMLTrainer):
         kwargs.setdefault("compute_metrics", accuracy)
         self._averaging = _AverageCallback()
         super().__init__(*args, **kwargs)
+        for name in ("train_dataset", "eval_dataset"):
+            setattr(self, name, self._with_own_classes(getattr(self, name)))
         own = self.args
         if isinstance(own, VisionTrainingArguments) and own.lr_scheduler_type == "cosine_with_min_lr":
             own.lr_scheduler_kwargs = own.lr_scheduler_kwargs or {"min_lr": own.min_learning_rate}
@@ -102,15 +107,15 @@ class VisionTrainer(EffMLTrainer):
     def _average(self) -> "WeightAverage | None":
         return self._averaging.average
 
-    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Makes the batches of an evaluation; they are never mixed."""
         with self._without_mixup():
-            return super().get_eval_dataloader(*args, **kwargs)
+            return super().get_eval_dataloader(self._with_own_classes(eval_dataset))
 
-    def get_test_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
         """Makes the batches of a prediction; they are never mixed."""
         with self._without_mixup():
-            return super().get_test_dataloader(*args, **kwargs)
+            return super().get_test_dataloader(self._with_own_classes(test_dataset))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Trains the model.
@@ -142,6 +147,10 @@ class VisionTrainer(EffMLTrainer):
         super().save_model(output_dir, _internal_call)
         if self._average is not None and self.args.should_save:
             self._average.save(output_dir or self.args.output_dir)
+
+    def _with_own_classes(self, dataset: Any) -> Any:
+        config = getattr(self.model, "config", None)
+        return dataset if config is None else aligned(dataset, config)
 
     @contextmanager
     def _without_mixup(self) -> Iterator[None]:
@@ -256,6 +265,7 @@ class TaughtTrainer(VisionTrainer):
             else:
                 teacher = AutoModelForImageClassification.from_pretrained(self.args.teacher)
         self._check_teacher(teacher)
+        check_same_classes("Model and teacher", self._student.config, teacher.config)
         return teacher.to(self.args.device).eval().requires_grad_(False)
 
 

@@ -87,7 +87,7 @@ def load_start(
         `tuple[PreTrainedModel, ImageData, dict]`: the model, the data, and [`trainer_options`].
 
     Raises:
-        ValueError: If nothing says where to start, or the Vim knows another number of classes.
+        ValueError: If nothing says where to start, or the Vim knows other classes.
     """
     from transformers import set_seed
 
@@ -105,6 +105,7 @@ def load_start(
             f"`{start}` knows {vim.config.num_labels} classes, `{data.name}` has {len(data.labels)}. Fine-tune it "
             f"first: `hf-effml train vim --model_name_or_path {start} --data {script.data}`."
         )
+    data = data.aligned_to(vim.config)
     return build(vim), data, trainer_options(augmentation, args, data, processor)
 
 

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_effml.utils.sources.class_labels import known_classes, match_classes
+
 from .image_processing_zca import ZCAImageProcessor
 from .image_rows import HashedImages, ImageRows, check_rows, read_rows
 
@@ -94,6 +96,27 @@ class RealImages:
         indices = torch.as_tensor(indices, dtype=torch.int64, device=self.images.device)
         return RealImages(self.images[indices], self.labels[indices], self.label_names)
 
+    def aligned_to(self, config: Any, name: str = "the data") -> "RealImages":
+        """The same images with the class numbers of a model, found by the names of the classes.
+
+        Args:
+            config (`PreTrainedConfig` or `Sequence[str]`):
+                The model's configuration, or the names of its classes. `LABEL_0` and so on count as numbers.
+            name (`str`, *optional*, defaults to `"the data"`):
+                What to call the images in messages.
+
+        Returns:
+            [`RealImages`]: itself where the numbers are the model's.
+
+        Raises:
+            ValueError: If the model does not know a class.
+        """
+        places, known = match_classes(name, self.label_names, config), known_classes(config)
+        if places == list(range(len(known))):
+            return self
+        labels = torch.tensor(places, device=self.labels.device)[self.labels]
+        return RealImages(self.images, labels, known)
+
     def to(self, device: str | torch.device) -> "RealImages":
         """Moves to a device.
 
@@ -158,6 +181,20 @@ class RealImageData:
         """Number of classes."""
         return self.train.num_labels
 
+    def aligned_to(self, config: Any) -> "RealImageData":
+        """The same images with the class numbers of a model; see [`RealImages.aligned_to`].
+
+        Args:
+            config (`PreTrainedConfig` or `Sequence[str]`):
+                The model's configuration, or the names of its classes.
+
+        Returns:
+            [`RealImageData`]
+        """
+        train, test = (part.aligned_to(config, self.name) for part in (self.train, self.test))
+        validation = None if self.validation is None else self.validation.aligned_to(config, self.name)
+        return replace(self, train=train, validation=validation, test=test)
+
 
 def load_real_images(
     name: str,
@@ -188,7 +225,8 @@ def load_real_images(
             ZCA whitening, which the papers use for small images. Otherwise the images are normalised per channel.
             Either is fitted to the training images that are left when validation is cut off.
         classes (`Sequence[int]`, *optional*):
-            Numbers of the classes to keep; they are numbered anew in this order.
+            Numbers of the classes to keep, or what labels that are whole numbers call them; they are numbered anew in
+            this order.
         validation_share (`float`, *optional*, defaults to 0.1):
             Share of every class's training images; 0 for none.
         resize_mode (`str`, *optional*, defaults to `"crop"`):

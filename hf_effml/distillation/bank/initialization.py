@@ -211,7 +211,7 @@ def distilled_from_real(
 
     Args:
         data ([`~hf_effml.distillation.real_images.RealImageData`]):
-            The real images, preprocessed as the experts saw them.
+            The real images, preprocessed as the experts saw them. The set has the class numbers of the experts.
         bank ([`~hf_effml.distillation.bank.trajectories.TrajectoryBank`]):
             The experts.
         images_per_class (`int`):
@@ -232,8 +232,9 @@ def distilled_from_real(
         [`~hf_effml.DistilledDatasetModel`]
 
     Raises:
-        ValueError: If the experts saw other pixels, or a class has too few images.
+        ValueError: If the experts saw other pixels or classes, or a class has too few images.
     """
+    data = data if bank.label_names is None else data.aligned_to(bank.label_names)
     real = data.train
     bank.check_preprocessing(data.processor.fingerprint, allow_mismatch)
     channels, *size = real.images.shape[1:]

@@ -146,6 +146,11 @@ class TrajectoryBank:
         return student_config(self.metadata["student"])
 
     @property
+    def label_names(self) -> list[str] | None:
+        """Names of the classes that the networks tell apart, in the order of their numbers; `None` if not recorded."""
+        return (self.metadata.get("dataset") or {}).get("label_names")
+
+    @property
     def image_processor(self) -> ZCAImageProcessor | None:
         """What turns images into the pixels that the experts were trained on; `None` if nobody stored it."""
         if self.repo_id is not None:

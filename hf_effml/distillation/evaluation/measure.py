@@ -11,12 +11,13 @@ from transformers.utils import logging
 
 from hf_effml.distillation.bank.initialization import soft_labels_from_experts
 from hf_effml.distillation.differentiable_augmentation import AugmentationSettings
+from hf_effml.utils.sources.class_labels import check_same_classes
 
 from .protocols import EvaluationProtocol, get_protocol
 from .report import EvaluationReport, MeasuredAccuracy
 from .students import Student, student_by_name, student_name
 from .training import accuracy, train_student
-from .training_sets import TrainingSet, as_training_set, random_real_images
+from .training_sets import TrainingSet, as_training_set, class_names, random_real_images
 
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def evaluate_distilled(
         student (`PreTrainedConfig`, `Mapping`, `Callable[[], nn.Module]` or `str`):
             The network to train, or its name as in [`student_by_name`].
         test ([`RealImages`]):
-            What accuracy is measured on.
+            What accuracy is measured on. A set that names its classes gives them its own numbers.
         protocol (`str` or [`EvaluationProtocol`], *optional*, defaults to `"tm"`):
             How to train, see [`get_protocol`].
         seeds (`Sequence[int]`, *optional*, defaults to `(0, 1, 2)`):
@@ -100,7 +101,7 @@ def evaluate_distilled(
         [`EvaluationReport`]: all accuracies and scores.
 
     Raises:
-        ValueError: If the images do not fit together, or what the protocol needs is not there.
+        ValueError: If the images or their classes do not fit together, or what the protocol needs is not there.
 
     Example:
 
@@ -110,6 +111,7 @@ def evaluate_distilled(
     (0.848, 0.101)
     ```
     """
+    test, real = _with_own_classes(dataset if isinstance(dataset, list) else [dataset], test, real, bank)
     compared = {key: as_training_set(one) for key, one in (("initial", initial), ("last", last)) if one is not None}
     sets = [as_training_set(one, learning_rate) for one in (dataset if isinstance(dataset, list) else [dataset])]
     plan = _Plan(get_protocol(protocol), seeds, sets, _device(device))
@@ -268,6 +270,23 @@ def _name(student: Student | str) -> str:
 
 def _device(device: torch.device | str | None) -> torch.device:
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
+
+
+def _with_own_classes(
+    datasets: Sequence[Any], test: "RealImages", real: "RealImages | None", bank: "TrajectoryBank | None"
+) -> "tuple[RealImages, RealImages | None]":
+    """The real images with the class numbers of the sets, which the experts must have, too."""
+    named = [names for names in map(class_names, datasets) if names is not None]
+    for names in named:
+        check_same_classes("Sets that are measured together", named[0], names)
+    if named:
+        test = test.aligned_to(named[0], "test")
+        real = None if real is None else real.aligned_to(named[0], "real")
+    elif real is not None:
+        check_same_classes("`real` and `test`", real.label_names, test.label_names)
+    if bank is not None and bank.label_names is not None:
+        check_same_classes("The images and the experts of `bank`", test.label_names, bank.label_names)
+    return test, real
 
 
 def _check(

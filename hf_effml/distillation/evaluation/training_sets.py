@@ -7,13 +7,14 @@ from torch import Tensor
 
 from hf_effml.distillation.differentiable_augmentation import AugmentationSettings
 from hf_effml.distillation.flat_student import seed_from
+from hf_effml.utils.sources.class_labels import known_classes
 
 
 if TYPE_CHECKING:
     from hf_effml.distillation.real_images import RealImages
 
 
-__all__ = ["TrainingSet", "as_training_set", "random_real_images"]
+__all__ = ["TrainingSet", "as_training_set", "class_names", "random_real_images"]
 
 _COLUMNS = ("image", "label", "soft_label")
 
@@ -75,6 +76,21 @@ def as_training_set(dataset: Any, learning_rate: float | None = None) -> Trainin
             f"{type(dataset).__name__}."
         )
     return found if learning_rate is None else found._replace(learning_rate=learning_rate)
+
+
+def class_names(dataset: Any) -> list[str] | None:
+    """The classes of a distilled set, as far as it says what they are.
+
+    Args:
+        dataset ([`TrainingSet`], [`DistilledDatasetModel`] or `datasets.Dataset`):
+            The set.
+
+    Returns:
+        `list[str]` or `None`: their names, in the order of their numbers.
+    """
+    if hasattr(dataset, "class_ids") and hasattr(dataset, "lr"):
+        return known_classes(dataset.config)
+    return getattr((getattr(dataset, "features", None) or {}).get("label"), "names", None)
 
 
 def random_real_images(real: "RealImages", class_ids: Tensor, seed: int = 0) -> Tensor:

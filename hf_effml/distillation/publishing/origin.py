@@ -8,6 +8,7 @@ from transformers.utils import logging
 
 from hf_effml.distillation.bank.trajectories import TrajectoryBank
 from hf_effml.distillation.real_images import RealImageData, RealImages, reload_real_images
+from hf_effml.utils.sources.class_labels import check_same_classes
 
 from .sets import DistilledSet
 
@@ -46,7 +47,7 @@ def find_bank(info: Mapping[str, Any], beside: str | Path) -> TrajectoryBank | N
 def find_images(
     found: DistilledSet, bank: TrajectoryBank | None, name: str | None = None, where: str = ""
 ) -> RealImageData:
-    """Loads the real images of a set, preprocessed as the distilled ones.
+    """Loads the real images of a set, preprocessed as the distilled ones and with the set's numbers of classes.
 
     Args:
         found ([`DistilledSet`]):
@@ -62,7 +63,8 @@ def find_images(
         [`RealImageData`]
 
     Raises:
-        ValueError: If nothing says which data or how images were preprocessed, or the experts saw others.
+        ValueError: If nothing says which data or how images were preprocessed, the experts saw others, or the set
+            does not know a class of the data.
     """
     processor = found.processor or (bank.image_processor if bank is not None else None)
     if processor is None:
@@ -71,7 +73,9 @@ def find_images(
         )
     if bank is not None:
         bank.check_preprocessing(processor.fingerprint)
-    return reload_real_images((found.info.get("dataset") or {}).get("arguments"), processor, name)
+        check_same_classes("The set and its experts", found.label_names, bank.label_names or found.label_names)
+    data = reload_real_images((found.info.get("dataset") or {}).get("arguments"), processor, name)
+    return data.aligned_to(found.label_names)
 
 
 def find_student(info: Mapping[str, Any], bank: TrajectoryBank | None) -> Any:

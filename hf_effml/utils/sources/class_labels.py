@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 
-__all__ = ["ClassNumbers", "known_classes", "match_classes", "number_classes"]
+__all__ = ["ClassNumbers", "are_names", "check_same_classes", "known_classes", "match_classes", "number_classes"]
 
 _SHOWN = 12
 
@@ -90,7 +90,7 @@ def known_classes(config: Any) -> list[str]:
 def match_classes(name: str, names: Sequence[str], config: Any) -> list[int]:
     """Finds the classes of a data set among those of a model, by their names.
 
-    A model that names none, `LABEL_0` and so on, is taken by number.
+    Where the names are `LABEL_0` and so on, of the data or of the model, numbers count.
 
     Args:
         name (`str`):
@@ -109,12 +109,12 @@ def match_classes(name: str, names: Sequence[str], config: Any) -> list[int]:
     names, known = [str(each) for each in names], known_classes(config)
     if names == known:
         return list(range(len(names)))
-    if known == [f"LABEL_{number}" for number in range(len(known))]:
+    if not (are_names(names) and are_names(known)):
         if len(names) == len(known):
             return list(range(len(names)))
         raise ValueError(
-            f"The model tells {len(known)} classes apart that it has no names for, `{name}` has {len(names)}: "
-            f"{_listed(names)}. Set `num_labels` (or `id2label`) of its configuration to those of the data."
+            f"`{name}` has {len(names)} classes, {_listed(names)}; the model tells {len(known)} apart, "
+            f"{_listed(known)}. Set `id2label` of its configuration to those of the data."
         )
     unknown = [each for each in names if each not in known]
     twice = [each for each in names if known.count(each) > 1]
@@ -126,6 +126,39 @@ def match_classes(name: str, names: Sequence[str], config: Any) -> list[int]:
         )
     places = {each: number for number, each in enumerate(known)}
     return [places[each] for each in names]
+
+
+def check_same_classes(what: str, first: Any, second: Any) -> None:
+    """Checks that two number their classes alike, where both have names for them.
+
+    Args:
+        what (`str`):
+            Who they are, for messages.
+        first, second (`PreTrainedConfig` or `Sequence[str]`):
+            The configurations of two models, or the names of their classes.
+
+    Raises:
+        ValueError: If they do not.
+    """
+    ours, theirs = known_classes(first), known_classes(second)
+    if ours != theirs and are_names(ours) and are_names(theirs):
+        raise ValueError(
+            f"{what} must number the same classes alike; got {_listed(ours)} and {_listed(theirs)}. Take one that was "
+            "trained on the classes of the other."
+        )
+
+
+def are_names(names: Sequence[str]) -> bool:
+    """Says whether names of classes say more than their numbers do.
+
+    Args:
+        names (`Sequence[str]`):
+            The names.
+
+    Returns:
+        `bool`: `False` of `LABEL_0`, `LABEL_1` and so on, as configurations have them by default.
+    """
+    return any(name != f"LABEL_{number}" for number, name in enumerate(names))
 
 
 def _kind(name: str, column: str, feature: Any) -> str:

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from transformers import default_data_collator
 
 from hf_effml.utils.benchmark import compare
+from hf_effml.utils.image_data import aligned
 from hf_effml.utils.report import Column, Report
 from hf_effml.vim.modeling_dyvm import DyVMForImageClassification
 from hf_effml.vim.modeling_rmeeto import TokenMerger
@@ -33,7 +34,8 @@ def evaluate_vim(
         models (`Mapping[str, nn.Module]`):
             Image classifiers of this package in evaluation mode, by the names of their rows; all on one device.
         split (`Dataset`):
-            The test images: anything indexable with `pixel_values` and `labels`.
+            The test images: anything indexable with `pixel_values` and `labels`. Those of [`load_image_data`] get the
+            class numbers that each model has for the names of their classes.
         batch_size (`int`, *optional*, defaults to 32):
             Images at a time, also for the latency.
         rounds (`int`, *optional*, defaults to 7):
@@ -49,7 +51,7 @@ def evaluate_vim(
         model, and of a DyVM `token_keep_ratio` after every stage and the measured `block_keep_ratio` of the scans.
 
     Raises:
-        ValueError: If a model is in training mode, or there is no image.
+        ValueError: If a model is in training mode or does not know a class, or there is no image.
 
     Example:
 
@@ -74,6 +76,7 @@ def evaluate_vim(
             if training
             else "`split` must hold at least one image; got an empty one."
         )
+    splits = {each: aligned(split, model.config) for each, model in models.items()}
     device = next(iter(models.values())).device
     report = Report(name, _columns(models, where or f"{device}, batch {batch_size}"))
     report.facts = {"device": str(device), "batch_size": batch_size, "rounds": rounds}
@@ -84,7 +87,7 @@ def evaluate_vim(
         timings = compare(calls, agree=[], rounds=rounds, threads=torch.get_num_threads())
     base = next(iter(timings.values()))
     for each, model in models.items():
-        accuracy, scans = classify(model, split, batch_size, each)
+        accuracy, scans = classify(model, splits[each], batch_size, each)
         shares = kept_shares(model)
         work, tokens = amount_of_work(model, scans)
         report.add(
@@ -111,7 +114,7 @@ def classify(
         model ([`VimForImageClassification`]):
             A Vim in evaluation mode, of which a DyVM skips scans.
         split (`Dataset`):
-            The images.
+            The images; see [`evaluate_vim`].
         batch_size (`int`, *optional*, defaults to 32):
             Images at a time.
         name (`str`, *optional*):
@@ -122,6 +125,7 @@ def classify(
     """
     from tqdm import tqdm
 
+    split = aligned(split, model.config)
     loader = DataLoader(split, batch_size, collate_fn=default_data_collator)
     right, scans = 0, 0.0
     for batch in tqdm(loader, desc=f"accuracy {name}".strip(), leave=False, delay=2):

@@ -37,6 +37,7 @@ def draw_patches(
         indices (`Sequence[int]`, *optional*, defaults to `range(6)`):
             Which of them.
     """
+    data = data.aligned_to(model.config)
     rows = [data.test[index] for index in indices]
     with torch.inference_mode():
         output = model(torch.stack([row["pixel_values"] for row in rows]).to(model.device), output_merge_info=True)
