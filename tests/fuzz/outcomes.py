@@ -18,6 +18,8 @@ OURS = tuple(str(ROOT / name) for name in ("hf_effml", "trainers", "scripts"))
 # What users are told by; KeyError, IndexError and AttributeError tell about code. UnicodeError and JSONDecodeError are
 # ValueErrors that Python raises itself.
 ON_PURPOSE = (ValueError, TypeError, OSError, ImportError, NotImplementedError, SystemExit)
+# Where transformers refuses training arguments by name.
+VALIDATION = ("/transformers/training_args.py", "/transformers/utils/generic.py", "/transformers/utils/versions.py")
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,9 @@ def _stop(*_: Any) -> None:
 def _is_named(error: BaseException) -> bool:
     if isinstance(error, StrictDataclassError):
         return True
-    innermost = traceback.extract_tb(error.__traceback__)[-1].filename
-    return isinstance(error, ON_PURPOSE) and str(Path(innermost).resolve()).startswith(OURS) and bool(str(error))
+    innermost = str(Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve())
+    ours = innermost.startswith(OURS) or any(part in innermost for part in VALIDATION)
+    return isinstance(error, ON_PURPOSE) and ours and bool(str(error))
 
 
 def _place(error: BaseException) -> str:
