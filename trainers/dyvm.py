@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from hf_effml.vim.classification_loss import classification_loss
 from hf_effml.vim.losses import dyvm_distillation_losses, dyvm_patch_features, dyvm_ratio_losses
 from hf_effml.vim.modeling_dyvm import DyVMForImageClassification
 from hf_effml.vim.modeling_vim import VimForImageClassification
@@ -201,7 +201,7 @@ class DyVMTrainer(TaughtTrainer):
     def _loss_terms(self, outputs: Any, labels: Tensor, images: Mapping[str, Any]) -> dict[str, Tensor]:
         """The terms of the loss with their weights, in float32."""
         config, smoothing = self._student.config, self.args.label_smoothing_factor
-        terms = {"classification": F.cross_entropy(outputs.logits.float(), labels, label_smoothing=smoothing)}
+        terms = {"classification": classification_loss(outputs.logits, labels, config, smoothing)}
         terms |= dyvm_ratio_losses(outputs, config)
         if self.teacher is not None:
             with torch.no_grad(), self.accelerator.autocast():

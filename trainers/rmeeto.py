@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
+from hf_effml.vim.classification_loss import problem_type_of
 from hf_effml.vim.configuration_rmeeto import requested_merges
 from hf_effml.vim.losses import logit_divergence
 from hf_effml.vim.modeling_rmeeto import TokenMerger, remove_token_merging
@@ -180,7 +181,9 @@ class RMeeToTrainer(TaughtTrainer):
         if self.teacher is not None:
             with torch.no_grad():
                 teacher_logits = self.teacher(**images).logits
-            divergence = logit_divergence(outputs.logits, teacher_logits, self.args.distill_temperature)
+            divergence = logit_divergence(
+                outputs.logits, teacher_logits, self.args.distill_temperature, problem_type_of(self.model.config)
+            )
             self.average_in_log({"distill_loss": divergence})
             loss = loss + self.args.distill_weight * divergence
         return loss, outputs

@@ -25,6 +25,8 @@ from hf_effml.utils.augmentation import MixupCollator
 from hf_effml.utils.files import write_safetensors
 from hf_effml.utils.image_data import aligned
 from hf_effml.utils.sources.class_labels import check_same_classes
+from hf_effml.vim.classification_loss import problem_type_of
+from hf_effml.vim.configuration_vim import PROBLEM_TYPES
 
 from .arguments import EffMLTrainingArguments
 from .base import EffMLTrainer
@@ -76,7 +78,8 @@ class VisionTrainingArguments(EffMLTrainingArguments):
 class VisionTrainer(EffMLTrainer):
     """[`~transformers.Trainer`] for image models. Subclasses say which.
 
-    Accuracy is measured unless `compute_metrics` says otherwise. A [`MixupCollator`] mixes training batches only. A
+    Unless `compute_metrics` says otherwise, accuracy is measured; of several labels at once `f1` and the share of
+    images with all labels right, of a regression `mse` and `mae`. A [`MixupCollator`] mixes training batches only. A
     data set with a method `set_epoch` is told the epoch. Images of [`load_image_data`] get the class numbers that the
     model has for the names of their classes.
     """
@@ -85,17 +88,25 @@ class VisionTrainer(EffMLTrainer):
     data_collator: Any
 
     def __init__(self, *args: Any, **kwargs: Any):
-        kwargs.setdefault("compute_metrics", accuracy)
         self._averaging = _AverageCallback()
         super().__init__(*args, **kwargs)
         for name in ("train_dataset", "eval_dataset"):
             setattr(self, name, self._with_own_classes(getattr(self, name)))
+        problem = problem_type_of(self.model.config)
+        if "compute_metrics" not in kwargs:
+            self.compute_metrics: Any = METRICS[problem]
         own = self.args
         if isinstance(own, VisionTrainingArguments) and own.lr_scheduler_type == "cosine_with_min_lr":
             own.lr_scheduler_kwargs = own.lr_scheduler_kwargs or {"min_lr": own.min_learning_rate}
         # The loss is the mean of a batch, also where the model's `forward` takes further keywords.
         self.model_accepts_loss_kwargs = False
-        if self.args.label_smoothing_factor and isinstance(self.data_collator, MixupCollator):
+        mixes = isinstance(self.data_collator, MixupCollator)
+        if problem != "single_label_classification" and (mixes or self.args.label_smoothing_factor):
+            raise ValueError(
+                f"{'A `MixupCollator`' if mixes else '`label_smoothing_factor`'} is for images of one class each; the "
+                f"`problem_type` of the model is {problem!r}. Leave it out."
+            )
+        if self.args.label_smoothing_factor and mixes:
             raise ValueError(
                 f"`label_smoothing_factor` must be 0 with a `MixupCollator`, which smooths labels itself; got "
                 f"{self.args.label_smoothing_factor}. Pass `label_smoothing` to the collator."
@@ -178,6 +189,8 @@ class TaughtTrainingArguments(VisionTrainingArguments):
 
 class TaughtTrainer(VisionTrainer):
     """A [`VisionTrainer`] of models that learn from labels and from a frozen teacher. Subclasses say which.
+
+    Of several labels at once and of a regression, as `problem_type` of the model says, both losses are those of it.
 
     Evaluations report the cross-entropy alone. The teacher takes no part in saving, nor in the synchronisation of
     processes.
@@ -266,6 +279,12 @@ class TaughtTrainer(VisionTrainer):
                 teacher = AutoModelForImageClassification.from_pretrained(self.args.teacher)
         self._check_teacher(teacher)
         check_same_classes("Model and teacher", self._student.config, teacher.config)
+        theirs, ours = problem_type_of(teacher.config), problem_type_of(self.model.config)
+        if theirs != ours:
+            raise ValueError(
+                f"Teacher and model must agree in `problem_type`; got {theirs!r} and {ours!r}. Take the model that "
+                'this one was made from, or `teacher="self"` in `args`.'
+            )
         return teacher.to(self.args.device).eval().requires_grad_(False)
 
 
@@ -314,7 +333,14 @@ class WeightAverage:
                 f"`{folder}` holds no `{AVERAGE_NAME}`: it was trained without `ema_decay`. Leave `ema_decay` out or "
                 "start anew."
             )
-        _copy(load_file(path), self.weights)
+        weights = load_file(path)
+        missing = sorted(self.weights.keys() - weights.keys())
+        if missing:
+            raise ValueError(
+                f"`{path}` has no `{missing[0]}`: it is the average of another model, or of an earlier version. Start "
+                "anew."
+            )
+        _copy(weights, self.weights)
 
     @staticmethod
     def _of(model: nn.Module) -> dict[str, Tensor]:
@@ -331,8 +357,45 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     Returns:
         `dict[str, float]`: the accuracy.
     """
-    scores = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
-    return {"accuracy": float((scores.argmax(-1) == prediction.label_ids).mean())}
+    return {"accuracy": float((_scores(prediction).argmax(-1) == prediction.label_ids).mean())}
+
+
+def label_f1(prediction: EvalPrediction) -> dict[str, float]:
+    """Measures how well several labels at once are told: those whose score is above 0 count as given.
+
+    Args:
+        prediction (`EvalPrediction`):
+            Scores and labels of shape `(images, num_labels)`.
+
+    Returns:
+        `dict[str, float]`: `f1` over all labels of all images, and `exact_match`, the share of images with all right.
+    """
+    given, true = _scores(prediction) > 0, prediction.label_ids > 0.5
+    both = (given & true).sum()
+    f1 = 2 * both / max(given.sum() + true.sum(), 1)
+    return {"f1": float(f1), "exact_match": float((given == true).all(-1).mean())}
+
+
+def distances(prediction: EvalPrediction) -> dict[str, float]:
+    """Measures how far the outputs of a regression are from the numbers wanted.
+
+    Args:
+        prediction (`EvalPrediction`):
+            Outputs and numbers.
+
+    Returns:
+        `dict[str, float]`: the mean squared distance `mse` and the mean absolute one `mae`.
+    """
+    outputs = _scores(prediction)
+    off = outputs - prediction.label_ids.reshape(outputs.shape)
+    return {"mse": float((off**2).mean()), "mae": float(abs(off).mean())}
+
+
+METRICS = dict(zip(PROBLEM_TYPES, (accuracy, label_f1, distances), strict=True))
+
+
+def _scores(prediction: EvalPrediction) -> Any:
+    return prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
 
 
 @torch.no_grad()

@@ -15,6 +15,9 @@ except ImportError:  # a saved folder, which brings its own kind, where the pack
         return read(*args, **options)
 
 
+PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
+
+
 @strict
 class ConvNetConfig(PreTrainedConfig):
     r"""Configuration of [`ConvNetForImageClassification`].
@@ -38,6 +41,9 @@ class ConvNetConfig(PreTrainedConfig):
             `"relu"`, `"leaky_relu"` or `"sigmoid"`.
         pooling (`str`, *optional*, defaults to `"avg"`):
             `"avg"`, `"max"` or `"none"`.
+        problem_type (`str`, *optional*):
+            `"single_label_classification"`, `"multi_label_classification"` or `"regression"`: which loss the model
+            has. Without one, `num_labels` of 1 is a regression. Distillation is of single labels only.
 
     Raises:
         StrictDataclassError: If a field has the wrong type or an impossible value; the message names both.
@@ -78,6 +84,8 @@ class ConvNetConfig(PreTrainedConfig):
         for name in ("num_channels", "hidden_size", "depth"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1; got {getattr(self, name)}.")
+        if self.problem_type not in (None, *PROBLEM_TYPES):
+            raise ValueError(f"`problem_type` must be one of {', '.join(PROBLEM_TYPES)}; got {self.problem_type!r}.")
         size = self.image_size
         if not isinstance(size, int) and len(size) != 2:
             raise ValueError(f"`image_size` must be one number or [height, width]; got {size}.")
@@ -117,4 +125,4 @@ class ConvNetConfig(PreTrainedConfig):
         return (height, width) if self.pooling == "none" else (height // 2, width // 2)
 
 
-__all__ = ["ConvNetConfig"]
+__all__ = ["PROBLEM_TYPES", "ConvNetConfig"]

@@ -92,6 +92,10 @@ class DistilledDatasetConfig(PreTrainedConfig):
         size = [self.image_size] * 2 if isinstance(self.image_size, int) else list(self.image_size)
         if len(size) != 2 or min(size) < 1:
             raise ValueError(f"`image_size` must be one positive number, or height and width; got {self.image_size}.")
+        if self.problem_type not in (None, "single_label_classification"):
+            raise ValueError(
+                f"Distillation is of images of one class each; got `problem_type={self.problem_type!r}`. Leave it out."
+            )
         if not self.initial_lr > 0:
             raise ValueError(f"`initial_lr` must be positive; got {self.initial_lr}.")
         # Says what is wrong by itself.

@@ -50,16 +50,22 @@ def student_config(config: PreTrainedConfig | Mapping[str, Any]) -> PreTrainedCo
         `PreTrainedConfig`: the configuration.
 
     Raises:
-        ValueError: If the dictionary does not say of which model it is.
+        ValueError: If the dictionary does not say of which model it is, or its `problem_type` is another than of one
+            class per image.
     """
     if isinstance(config, PreTrainedConfig):
+        if config.problem_type not in (None, "single_label_classification"):
+            raise ValueError(
+                "Experts and students classify images of one class each; got "
+                f"`problem_type={config.problem_type!r}`. Leave it out."
+            )
         return config
     fields = dict(config)
     if "model_type" not in fields:
         raise ValueError(
             f"`config` of a student must have a `model_type`, such as `convnet` or `resnet`; it has {sorted(fields)}."
         )
-    return AutoConfig.for_model(fields.pop("model_type")).from_dict(fields)
+    return student_config(AutoConfig.for_model(fields.pop("model_type")).from_dict(fields))
 
 
 def build_student(config: PreTrainedConfig | Mapping[str, Any], seed: int = 0) -> nn.Module:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
 
-from .configuration_convnet import ConvNetConfig
+from .configuration_convnet import PROBLEM_TYPES, ConvNetConfig
 
 
 # None of them works in place: gradients of gradients need what they were given.
@@ -105,7 +105,8 @@ class ConvNetForImageClassification(PreTrainedModel):
             pixel_values (`Tensor` of shape `(batch, channels, height, width)`):
                 Preprocessed images.
             labels (`Tensor`, *optional*):
-                Class numbers `(batch,)`, or soft targets `(batch, num_labels)` that add up to 1.
+                Class numbers `(batch,)`, or soft targets `(batch, num_labels)` that add up to 1; with another
+                `config.problem_type`, 0 and 1 of shape `(batch, num_labels)`, or numbers for a regression.
             output_hidden_states (`bool`, *optional*):
                 Also return the feature map after every block.
             return_dict (`bool`, *optional*):
@@ -115,7 +116,7 @@ class ConvNetForImageClassification(PreTrainedModel):
             `ImageClassifierOutputWithNoAttention`: loss (with `labels`), logits and, if asked for, feature maps.
 
         Raises:
-            ValueError: If images have the wrong shape or soft labels the wrong number of columns.
+            ValueError: If images or labels have the wrong shape, or labels are none of the model's.
         """
         self._check(pixel_values)
         hidden = pixel_values.to(self.features[0].weight.dtype)
@@ -127,7 +128,7 @@ class ConvNetForImageClassification(PreTrainedModel):
         logits = self.classifier(hidden.flatten(1))
         wants_maps = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         output = ImageClassifierOutputWithNoAttention(
-            loss=None if labels is None else self._loss(logits, labels),
+            loss=None if labels is None else _classification_loss(logits, labels, self.config),
             logits=logits,
             hidden_states=tuple(maps) if wants_maps else None,
         )
@@ -143,13 +144,62 @@ class ConvNetForImageClassification(PreTrainedModel):
                 "`num_channels`."
             )
 
-    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        if labels.is_floating_point() and labels.shape != logits.shape:
-            raise ValueError(
-                f"Floating-point `labels` are soft targets of shape {tuple(logits.shape)}; got "
-                f"{tuple(labels.shape)}. Pass class numbers as integers."
-            )
-        return F.cross_entropy(logits.float(), labels)
+
+def _problem_type_of(config: Any) -> str:
+    return config.problem_type or ("regression" if config.num_labels == 1 else "single_label_classification")
+
+
+def _classification_loss(logits: Tensor, labels: Tensor, config: Any, label_smoothing: float = 0.0) -> Tensor:
+    """The twin of `hf_effml/vim/classification_loss.py`: a saved folder carries files of one folder only."""
+    problem, logits = _problem_type_of(config), logits.float()
+    _check_shape(logits, labels, problem)
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
+        _check_values(logits, labels, problem)
+    if problem == "regression":
+        return F.mse_loss(logits, labels.float().view_as(logits))
+    if problem == "multi_label_classification":
+        return F.binary_cross_entropy_with_logits(logits, labels.float())
+    labels = labels if labels.is_floating_point() else labels.long()
+    return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+
+
+def _check_shape(logits: Tensor, labels: Tensor, problem: str) -> None:
+    if problem not in PROBLEM_TYPES:
+        raise ValueError(f"`problem_type` must be one of {', '.join(PROBLEM_TYPES)}; got {problem!r}.")
+    batch, classes = logits.shape
+    single = problem == "single_label_classification"
+    table = not single or labels.is_floating_point()
+    short = (not table) if single else (problem == "regression" and classes == 1 and labels.dim() == 1)
+    wanted = (batch,) if short else (batch, classes)
+    if tuple(labels.shape) != wanted:
+        what = "soft targets" if single and table else "labels"
+        raise ValueError(
+            f"`labels` of a model of {classes} labels and `problem_type` {problem!r} are {what} of shape {wanted}; "
+            f"got {tuple(labels.shape)} of {labels.dtype}. Pass class numbers as integers of shape {(batch,)}, or set "
+            "another `problem_type`."
+        )
+
+
+def _check_values(logits: Tensor, labels: Tensor, problem: str) -> None:
+    classes = logits.shape[1]
+    if problem == "regression":
+        right, what = labels.isfinite(), "a number that is not finite"
+        remedy = "Leave such images out."
+    elif problem == "multi_label_classification":
+        right, what = (labels >= 0) & (labels <= 1), "what is neither 0 nor 1"
+        remedy = 'Pass 1 for every label that an image has, or set `problem_type="regression"`.'
+    elif labels.is_floating_point():
+        right, what = (labels.sum(1) - 1).abs() < 0.02, "soft targets that do not add up to 1"
+        remedy = 'For several labels at once set `problem_type="multi_label_classification"`.'
+    else:
+        right = (labels >= 0) & (labels < classes) | (labels == -100)
+        what = f"a class outside 0 to {classes - 1}"
+        remedy = (
+            f"`num_labels` of the model is {classes}. Load it with those of the data, "
+            "`from_pretrained(..., num_labels=N, ignore_mismatched_sizes=True)`; -100 marks an image without a class."
+        )
+    if not right.all():
+        raise ValueError(f"`labels` hold {what}: {labels[~right][0].tolist()}. {remedy}")
 
 
 __all__ = ["ConvNetForImageClassification"]

@@ -17,6 +17,7 @@ except ImportError:  # a saved folder, which brings its own kind, where the pack
         return read(*args, **options)
 
 
+PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 # Their weights are those of a Vim, and more: each loads from the folders of the others.
 _KINDS = ("vim", "rmeeto_vim", "dyvm")
 
@@ -86,6 +87,9 @@ class VimConfig(BackboneConfigMixin, PreTrainedConfig):
         symmetric_dt_init (`bool`, *optional*, defaults to `False`):
             Initialise the backward direction's step sizes like the forward ones. The original leaves their bias at
             zero, a quirk kept by default for parity.
+        problem_type (`str`, *optional*):
+            `"single_label_classification"`, `"multi_label_classification"` or `"regression"`: which loss a classifier
+            has. Without one, `num_labels` of 1 is a regression and more are classes of which an image has one.
         out_features, out_indices:
             Stages that [`VimBackbone`] returns, of `"stem"`, `"stage1"`, ... ; the last by
         default.
@@ -160,6 +164,8 @@ class VimConfig(BackboneConfigMixin, PreTrainedConfig):
         for name in ("hidden_dropout_prob", "drop_path_rate"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be in [0, 1); got {getattr(self, name)}.")
+        if self.problem_type not in (None, *PROBLEM_TYPES):
+            raise ValueError(f"`problem_type` must be one of {', '.join(PROBLEM_TYPES)}; got {self.problem_type!r}.")
         if not 0 < self.time_step_min <= self.time_step_max:
             raise ValueError(
                 f"`time_step_min` must be positive and at most `time_step_max`; got {self.time_step_min} and "
@@ -208,4 +214,4 @@ class VimConfig(BackboneConfigMixin, PreTrainedConfig):
         return self.expand * self.hidden_size
 
 
-__all__ = ["VimConfig"]
+__all__ = ["PROBLEM_TYPES", "VimConfig"]

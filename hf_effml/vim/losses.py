@@ -6,13 +6,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .classification_loss import problem_type_of
 from .configuration_dyvm import DyVMConfig
 from .token_reduction import take_rows
 from .token_selection import patch_rows
 
 
-def logit_divergence(logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+def logit_divergence(
+    logits: Tensor,
+    teacher_logits: Tensor,
+    temperature: float = 1.0,
+    problem_type: str = "single_label_classification",
+) -> Tensor:
     """How far classes are from a teacher's, of R-MeeTo and DyVM alike: the Kullback-Leibler divergence per image.
+
+    Of several labels at once, which the papers do not have, it is the mean of the labels' own divergences, and of a
+    regression the mean squared distance: on the scale of the loss from labels.
 
     Args:
         logits (`Tensor` of shape `(batch, num_labels)`):
@@ -20,11 +29,21 @@ def logit_divergence(logits: Tensor, teacher_logits: Tensor, temperature: float 
         teacher_logits (`Tensor` of shape `(batch, num_labels)`):
             Scores of the teacher.
         temperature (`float`, *optional*, defaults to 1.0):
-            Divides both scores; the result is multiplied by its square, so that gradients keep their size.
+            Divides both scores; the result is multiplied by its square, so that gradients keep their size. A
+            regression has none.
+        problem_type (`str`, *optional*, defaults to `"single_label_classification"`):
+            What the scores are of, see [`~hf_effml.vim.classification_loss.problem_type_of`].
 
     Returns:
         `Tensor` of shape `()`
     """
+    if problem_type == "regression":
+        return F.mse_loss(logits.float(), teacher_logits.float())
+    if problem_type == "multi_label_classification":
+        # A label is a choice between two classes, of which the other has the score 0.
+        logits, teacher_logits = (
+            torch.stack([s, torch.zeros_like(s)], -1).view(-1, 2) for s in (logits, teacher_logits)
+        )
     student, teacher = (F.log_softmax(scores.float() / temperature, dim=-1) for scores in (logits, teacher_logits))
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
 
@@ -141,12 +160,13 @@ def dyvm_distillation_losses(
     Returns:
         `dict[str, Tensor]`: `distill_logits` and `distill_tokens`.
     """
+    divergence = logit_divergence(outputs.logits, teacher_logits, problem_type=problem_type_of(config))
     features = dyvm_patch_features(outputs.last_hidden_state, outputs.cls_token_index)
     token_loss = dyvm_token_distillation_loss(
         features, teacher_features, outputs.token_positions, outputs.token_policy
     )
     return {
-        "distill_logits": config.distillation_weight * logit_divergence(outputs.logits, teacher_logits),
+        "distill_logits": config.distillation_weight * divergence,
         "distill_tokens": config.distillation_weight * token_loss,
     }
 

@@ -80,7 +80,8 @@ class DyVMImageClassifierOutput(VimImageClassifierOutput):
 
     Args:
         loss (`Tensor` of shape `()`, *optional*):
-            When `labels` are given: the mean cross-entropy, and in training the weighted ratio losses with it.
+            When `labels` are given: the loss of a [`VimForImageClassification`], and in training the weighted ratio
+            losses with it.
         logits (`Tensor` of shape `(batch, num_labels)`):
             Scores before the softmax.
         hidden_states, cls_token_index, last_hidden_state, kept_indices, token_decisions, token_policy,

@@ -13,6 +13,7 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import WeightRenaming
 from transformers.utils import ModelOutput
 
+from .classification_loss import classification_loss
 from .configuration_vim import VimConfig
 from .vim_blocks import (
     VimBlock,
@@ -62,7 +63,7 @@ class VimImageClassifierOutput(ModelOutput):
 
     Args:
         loss (`Tensor` of shape `()`, *optional*):
-            Mean cross-entropy, when `labels` are given.
+            Mean loss, when `labels` are given: the cross-entropy, unless `config.problem_type` says otherwise.
         logits (`Tensor` of shape `(batch, num_labels)`):
             Scores before the softmax.
         hidden_states (`tuple[Tensor, ...]`, *optional*):
@@ -406,7 +407,8 @@ class VimForImageClassification(VimPreTrainedModel):
             pixel_values (`Tensor` of shape `(batch, channels, height, width)`):
                 Normalised images.
             labels (`Tensor`, *optional*):
-                Class numbers `(batch,)`, or soft targets `(batch, num_labels)` as mixup makes them.
+                Class numbers `(batch,)`, or soft targets `(batch, num_labels)` as mixup makes them; with another
+                `config.problem_type`, see [`~hf_effml.vim.classification_loss.classification_loss`].
             interpolate_pos_encoding, output_hidden_states, output_merge_info, return_dict, decisions:
                 See [`VimModel`].
 
@@ -414,7 +416,7 @@ class VimForImageClassification(VimPreTrainedModel):
             [`VimImageClassifierOutput`], or what a method's model returns.
 
         Raises:
-            ValueError: As in [`VimModel`], or if soft labels have the wrong number of columns.
+            ValueError: As in [`VimModel`], or if labels have the wrong shape or are none of the model's.
         """
         outputs = self.vim(
             pixel_values,
@@ -430,12 +432,7 @@ class VimForImageClassification(VimPreTrainedModel):
         return output if self._as_dict(return_dict) else output.to_tuple()
 
     def _loss(self, logits: Tensor, labels: Tensor, outputs: VimModelOutput) -> Tensor:
-        if labels.is_floating_point() and labels.shape != logits.shape:
-            raise ValueError(
-                f"Floating-point `labels` are soft targets of shape {tuple(logits.shape)}; got "
-                f"{tuple(labels.shape)}. Pass class numbers as integers."
-            )
-        return F.cross_entropy(logits.float(), labels)
+        return classification_loss(logits, labels, self.config)
 
     def _output(self, loss: Tensor | None, logits: Tensor, outputs: VimModelOutput) -> VimImageClassifierOutput:
         return VimImageClassifierOutput(loss, logits, outputs.hidden_states, outputs.merge_info)

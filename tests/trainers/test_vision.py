@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import EvalPrediction, TrainerCallback
 
-from helpers import require_package, tiny_vim_config
+import hf_effml
+from helpers import in_model, require_package, tiny_vim_config
 from hf_effml import MixupCollator, VimForImageClassification, VimTrainer, VimTrainingArguments
 from hf_effml.trainers.base import last_complete_checkpoint
-from hf_effml.trainers.vision import AVERAGE_NAME, WeightAverage, accuracy
+from hf_effml.trainers.vision import AVERAGE_NAME, WeightAverage, accuracy, distances, label_f1
 from hf_effml.utils.files import only_run_in
 
 
@@ -38,6 +39,61 @@ def make_trainer(tmp_path, collator=None, train_dataset=None, **arguments):
 def test_accuracy():
     scores = np.array([[0.0, 1.0], [2.0, 1.0], [0.0, 3.0], [1.0, 0.0]])
     assert accuracy(EvalPrediction(scores, np.array([1, 0, 0, 0]))) == {"accuracy": 0.75}
+
+
+def test_metrics_of_other_problems():
+    scores, labels = np.array([[2.0, -1.0, 1.0], [-1.0, -2.0, 3.0]]), np.array([[1, 0, 1], [1, 0, 1]])
+    assert label_f1(EvalPrediction(scores, labels)) == {"f1": 6 / 7, "exact_match": 0.5}
+    assert distances(EvalPrediction(np.array([[1.0], [3.0]]), np.array([2.0, 5.0]))) == {"mse": 2.5, "mae": 1.5}
+
+
+PROBLEMS = {
+    "multi_label_classification": (3, lambda i: [float(i % 2), float(i % 3 == 0), 1.0], {"f1", "exact_match"}),
+    "regression": (1, lambda i: float(i % 2), {"mse", "mae"}),
+}
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+@pytest.mark.parametrize("method", ["Vim", "DyVM", "RMeeTo"])
+def test_other_problems_are_learned(method, problem, tmp_path):
+    """Both halves of the loss are the problem's, and so are the metrics of an evaluation."""
+    num_labels, label, metrics = PROBLEMS[problem]
+    data = [row | {"labels": torch.tensor(label(i))} for i, row in enumerate(images(8))]
+    vim = VimForImageClassification(tiny_vim_config(num_labels=num_labels, problem_type=problem))
+    model = {
+        "Vim": lambda: vim,
+        "DyVM": lambda: hf_effml.DyVMForImageClassification.from_vim(vim, token_keep_ratio=0.9),
+        "RMeeTo": lambda: hf_effml.RMeeToVimForImageClassification.from_vim(vim, merge_r=2),
+    }[method]()
+    fields = {"max_steps": 60, "per_device_train_batch_size": 8, "learning_rate": 1e-2, "warmup_steps": 0}
+    fields |= {"report_to": "none", "use_cpu": True, "save_strategy": "no"}
+    fields |= {} if method == "Vim" else {"teacher": "none"} if method == "DyVM" else {"distill_weight": 0.01}
+    arguments = getattr(hf_effml, f"{method}TrainingArguments")
+    trainer = getattr(hf_effml, f"{method}Trainer")(model, arguments(str(tmp_path), **fields), train_dataset=data)
+    before = trainer.evaluate(data)
+    trainer.train()
+    after = trainer.evaluate(data)
+    assert {f"eval_{name}" for name in metrics} <= after.keys() and "eval_accuracy" not in after
+    assert after["eval_loss"] < before["eval_loss"] / 3
+    with pytest.raises(ValueError, match=f"`label_smoothing_factor` is for images of one class each.* is '{problem}'"):
+        type(trainer)(model, arguments(str(tmp_path), **fields, label_smoothing_factor=0.1), train_dataset=data)
+
+
+def test_mixup_is_for_one_class_each(tmp_path):
+    require_package("timm")
+    model = VimForImageClassification(tiny_vim_config(problem_type="regression"))
+    arguments = VimTrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    with pytest.raises(ValueError, match="A `MixupCollator` is for images of one class each; .* is 'regression'"):
+        VimTrainer(model, arguments, data_collator=MixupCollator(2), train_dataset=images())
+
+
+def test_teacher_of_another_problem(tmp_path):
+    config = {"num_labels": 3, "problem_type": "multi_label_classification"}
+    vim, teacher = (VimForImageClassification(tiny_vim_config(**c)) for c in (config, {"num_labels": 3}))
+    model = hf_effml.RMeeToVimForImageClassification.from_vim(vim, merge_r=2)
+    arguments = hf_effml.RMeeToTrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    with pytest.raises(ValueError, match="must agree in `problem_type`; got 'single_label.*' and 'multi_label"):
+        hf_effml.RMeeToTrainer(model, arguments, teacher=teacher, train_dataset=images())
 
 
 def test_training_learns_and_evaluates(tmp_path):
@@ -99,7 +155,7 @@ def test_average_lies_in_checkpoints_only(tmp_path):
     )
     average = load_file(tmp_path / "run" / "checkpoint-4" / AVERAGE_NAME)
     assert not (tmp_path / "run" / AVERAGE_NAME).exists()
-    assert all(torch.equal(final[name], average[name]) for name in final)
+    assert all(torch.equal(final[name], average[in_model(name)]) for name in final)
     assert any(not torch.equal(final[name], checkpoint[name]) for name in final)
 
 
@@ -111,6 +167,12 @@ def test_best_average_is_kept(tmp_path):
     trainer.train()
     best = load_file(f"{trainer.state.best_model_checkpoint}/{AVERAGE_NAME}")
     assert all(torch.equal(tensor, best[name]) for name, tensor in trainer.model.state_dict().items())
+
+
+def test_average_of_another_model_is_named(tmp_path):
+    WeightAverage(torch.nn.Linear(1, 1), 0.5).save(tmp_path)
+    with pytest.raises(ValueError, match="has no `0.bias`: it is the average of another model"):
+        WeightAverage(torch.nn.Sequential(torch.nn.Linear(1, 1)), 0.5).load(tmp_path)
 
 
 def test_average_missing_from_a_checkpoint_is_named(tmp_path):

@@ -13,6 +13,7 @@ from transformers import default_data_collator
 from hf_effml.utils.benchmark import compare
 from hf_effml.utils.image_data import aligned
 from hf_effml.utils.report import Column, Report
+from hf_effml.vim.classification_loss import problem_type_of
 from hf_effml.vim.modeling_dyvm import DyVMForImageClassification
 from hf_effml.vim.modeling_rmeeto import TokenMerger
 from hf_effml.vim.modeling_vim import VimForImageClassification
@@ -51,7 +52,8 @@ def evaluate_vim(
         model, and of a DyVM `token_keep_ratio` after every stage and the measured `block_keep_ratio` of the scans.
 
     Raises:
-        ValueError: If a model is in training mode or does not know a class, or there is no image.
+        ValueError: If a model is in training mode, does not tell one class of several or does not know a class of the
+            images, or there is no image.
 
     Example:
 
@@ -75,6 +77,12 @@ def evaluate_vim(
             f"`models` must be in evaluation mode; call `eval()` of {', '.join(training)}."
             if training
             else "`split` must hold at least one image; got an empty one."
+        )
+    others = {each: problem_type_of(model.config) for each, model in models.items()}
+    if set(others.values()) != {"single_label_classification"}:
+        raise ValueError(
+            f"Accuracy is of models that tell one class of several; got {others}. Measure others with the trainer's "
+            "`evaluate`."
         )
     splits = {each: aligned(split, model.config) for each, model in models.items()}
     device = next(iter(models.values())).device
