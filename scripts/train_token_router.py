@@ -16,8 +16,8 @@ from hf_effml.cli.settings import check_least
 from hf_effml.token_router.comparison import score_router
 from hf_effml.token_router.schedule_search import SearchSettings, search_sparsity_schedule
 from hf_effml.utils.language_models import load_language_model, train_language_model
+from hf_effml.utils.sources.text_examples import LeftPaddingCollator, make_examples
 from hf_effml.utils.text_data import TextData, load_text, make_windows
-from hf_effml.utils.text_examples import LeftPaddingCollator, make_examples
 
 
 @dataclass

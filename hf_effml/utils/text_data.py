@@ -1,6 +1,5 @@
 """Texts and multiple-choice questions from files and the Hub, as token windows and as items to score."""
 
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,12 +10,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils import logging
 
 from .imports import require
+from .sources.split_files import DATA_VARIABLE, find_data
+from .sources.text_files import TEXT_FILES, checked_texts, need_columns, read_table, read_text_folder, read_texts
 
 
-DATA_VARIABLE = "HF_EFFML_DATA"
-_FILES = (".txt", ".parquet")
+logger = logging.get_logger(__name__)
+
 # The first one that is there is for training, the next one for testing.
 _SPLITS = ("train", "validation", "test")
 # Where data have no test split, one text of so many is for testing, and that share of one long text.
@@ -61,6 +63,10 @@ class MultipleChoiceItem:
     choices: list[str]
     label: int
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.label < len(self.choices):
+            raise ValueError(f"`label` must be the number of one of {len(self.choices)} choices; got {self.label}.")
+
     @property
     def contexts(self) -> list[str]:
         """The context of each choice."""
@@ -73,17 +79,18 @@ def load_text(name_or_path: str, column: str = "text") -> TextData:
     Args:
         name_or_path (`str`):
             `"pydoc"`, the topics of Python's own `help()`, no download; a `.txt` file, which is one text; a `.parquet`
-            file with one text per row; a folder of such files with splits named `train` and `validation` or `test`;
-            the path of one of these below the folder that the environment variable `HF_EFFML_DATA` names; or the id of
-            a data set on the Hub, with a subset as in `"Salesforce/wikitext:wikitext-2-raw-v1"`.
+            or `.jsonl` file with one text per row; a folder of such files with splits named `train` and `validation`
+            or `test`; the path of one of these below the folder that the environment variable `HF_EFFML_DATA` names;
+            or the id of a data set on the Hub, with a subset as in `"Salesforce/wikitext:wikitext-2-raw-v1"`.
         column (`str`, *optional*, defaults to `"text"`):
-            Where the texts stand in tables.
+            Where the texts stand in tables and in the objects of JSON.
 
     Returns:
-        [`TextData`]: without empty texts. Where the source has no test split, every fifth text is held out.
+        [`TextData`]: without empty texts. Where the source has no test split, every fifth text is held out, of a
+        single one the last fifth.
 
     Raises:
-        ValueError: If there is no such column or no text.
+        ValueError: If there is no such column or no text, or a file holds something else.
         FileNotFoundError: If nothing of that name is found.
 
     Example:
@@ -100,14 +107,13 @@ def load_text(name_or_path: str, column: str = "text") -> TextData:
     path = _find(name_or_path)
     if name_or_path == "pydoc":
         train, test = _hold_out(_pydoc_topics())
-    elif path is not None and path.suffix == ".txt":
-        train, test = _hold_out([path.read_text(encoding="utf-8")])
     else:
-        train, test = _load_table(name_or_path, path, column)
+        train, test = _load_splits(name_or_path, path, column)
     train, test = ([text for text in texts if text.strip()] for texts in (train, test))
     if not train or not test:
         raise ValueError(
-            f"`{name_or_path}` must have texts to train and to test on; it has {len(train)}, {len(test)}."
+            f"`{name_or_path}` must have texts to train and to test on; it has {len(train)}, {len(test)}. Texts "
+            f"without a test split must be {_HELD_OUT} or more, or one of several lines."
         )
     hub_id = None if name_or_path == "pydoc" or path is not None else name_or_path.partition(":")[0]
     is_file = path is not None and path.is_file()
@@ -245,15 +251,26 @@ def load_multiple_choice(name_or_path: str, limit: int | None = None) -> list[Mu
     """
     path = _find(name_or_path)
     if path is not None and path.is_file():
-        rows = _parquet(path)
-        _need_columns(name_or_path, rows, ("question", "choices", "label"))
+        if path.suffix.lower() != ".parquet":
+            raise ValueError(f"`{name_or_path}` must be a .parquet file of questions; it is a {path.suffix} file.")
+        rows = read_table(path)
+        need_columns(name_or_path, rows.features, ("question", "choices", "label"))
         name = next((known for known in _WRITERS if path.stem.startswith(known)), "")
         read: Callable[[dict], tuple[str, list[str], int]] = _read_plain
     else:
         name = name_or_path.lower().replace("-", "_")
         rows, read = _load_task(name)
     write = _WRITERS.get(name, _write_question)
-    return [write(*read(row)) for row in islice(rows, limit)]
+    items = []
+    for number, row in enumerate(islice(rows, limit)):
+        try:
+            items.append(write(*read(row)))
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"`{name_or_path}`, row {number}, is no question with choices and the number of the right one "
+                f"({error}). Leave it out, or take a split whose answers are known."
+            ) from error
+    return items
 
 
 # From rows of the sets on the Hub to question, choices and the index of the right one.
@@ -355,16 +372,13 @@ def _load_task(name: str) -> tuple[Any, Callable[[dict], tuple[str, list[str], i
 
 def _find(name_or_path: str) -> Path | None:
     """A file or folder of that name, here or below the data folder."""
-    candidates = [Path(name_or_path).expanduser()]
-    if os.environ.get(DATA_VARIABLE):
-        candidates.append(Path(os.environ[DATA_VARIABLE]).expanduser() / name_or_path)
-    found = next((path for path in candidates if path.exists()), None)
-    if found is None and Path(name_or_path).suffix in _FILES:
+    found = find_data(name_or_path)
+    if found is None and Path(name_or_path).suffix.lower() in TEXT_FILES:
         raise FileNotFoundError(
             f"There is no file `{name_or_path}`, neither here nor below the folder that ${DATA_VARIABLE} names."
         )
-    if found is not None and found.is_file() and found.suffix not in _FILES:
-        raise ValueError(f"`{name_or_path}` must be a {' or a '.join(_FILES)} file.")
+    if found is not None and found.is_file() and found.suffix.lower() not in TEXT_FILES:
+        raise ValueError(f"`{name_or_path}` must be a .txt or a .parquet file, or JSON lines (.jsonl, .json).")
     return found
 
 
@@ -384,26 +398,32 @@ def _hold_out(texts: Sequence[str]) -> tuple[list[str], list[str]]:
     return [text for i, text in enumerate(texts) if i % _HELD_OUT != last], list(texts[last::_HELD_OUT])
 
 
-def _load_table(name: str, path: Path | None, column: str) -> tuple[list[str], list[str]]:
+def _load_splits(name: str, path: Path | None, column: str) -> tuple[list[str], list[str]]:
+    splits: dict[str, list[str]] | None = None
     if path is not None and path.is_file():
-        splits = {"train": _parquet(path)}
+        splits = {"train": read_texts(path, column, name)}
     elif path is not None:
-        # Otherwise every line of a .txt file would be a text.
-        whole = {"sample_by": "document"} if any(path.glob("*.txt")) else {}
-        splits = require("datasets").load_dataset(str(path), **whole)
-    else:
-        hub_id, _, subset = name.partition(":")
-        splits = _from_hub(hub_id, subset or None)
+        splits = read_text_folder(name, path, column)
+    if splits is None:
+        hub_id, _, subset = name.partition(":") if path is None else (str(path), "", "")
+        tables = _from_hub(hub_id, subset or None)
+        present = _present(name, tables)
+        need_columns(name, tables[present[0]].features, (column,))
+        splits = {split: checked_texts(tables[split][column], f"`{name}`, row") for split in present}
+    train, *test = (splits[split] for split in _present(name, splits))
+    if test:
+        return train, test[0]
+    held = f"every {_HELD_OUT}th of its texts is" if len(train) > 1 else f"the last {_HELD_OUT}th of its text is"
+    logger.warning(f"`{name}` has no split to test on: {held} held out, always the same.")
+    return _hold_out(train)
+
+
+def _present(name: str, splits: Iterable[str]) -> list[str]:
+    """The split to train on, and the one to test on if there is one."""
     present = [split for split in _SPLITS if split in splits]
     if not present:
         raise ValueError(f"`{name}` must have a split `{'` or `'.join(_SPLITS)}`; it has `{'`, `'.join(splits)}`.")
-    _need_columns(name, splits[present[0]], (column,))
-    train, *test = (list(splits[split][column]) for split in present[:2])
-    return (train, test[0]) if test else _hold_out(train)
-
-
-def _parquet(path: Path) -> Any:
-    return require("datasets").Dataset.from_parquet(str(path))
+    return present[:2]
 
 
 def _from_hub(hub_id: str, subset: str | None) -> Any:
@@ -414,11 +434,3 @@ def _from_hub(hub_id: str, subset: str | None) -> Any:
             f"No data `{hub_id}`: it is no file or folder here, not below the folder that ${DATA_VARIABLE} names, and "
             f"not found on the Hub or not open to you ({str(error).splitlines()[0]})."
         ) from error
-
-
-def _need_columns(name: str, rows: Any, needed: Sequence[str]) -> None:
-    missing = [column for column in needed if column not in rows.features]
-    if missing:
-        raise ValueError(
-            f"`{name}` must have a column `{'`, `'.join(missing)}`; it has `{'`, `'.join(rows.features)}`."
-        )

@@ -13,7 +13,7 @@ from helpers import require_package
 from hf_effml import TokenRouterModel
 from hf_effml.hub import check_folder, write_card
 from hf_effml.scripts import experiment_token_router, train_token_router
-from hf_effml.utils.text_examples import LeftPaddingCollator
+from hf_effml.utils.sources.text_examples import LeftPaddingCollator
 
 
 SMALL = [

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .text_data import make_windows, tokenize
+from hf_effml.utils.text_data import make_windows, tokenize
 
 
 __all__ = ["LeftPaddingCollator", "make_examples"]
