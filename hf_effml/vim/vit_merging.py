@@ -1,6 +1,7 @@
 """Token merging for ViT and DeiT models of timm and transformers, after ToMe (https://huggingface.co/papers/2210.09461).
 
-Only hooks are added: no class, method or parameter of the model changes, and removing the hooks leaves no trace.
+Only hooks are added, and to the instance of a timm model one method: no class and no parameter changes, and removing
+them leaves no trace.
 """
 
 import sys
@@ -26,7 +27,8 @@ def apply_vit_merging(
     mean, weighted by how many patches each stands for; from there on attention counts a token that many times. (ToMe
     merges half a block earlier, between attention and MLP.) Class, distillation and register tokens take no part.
     After the last block every patch gets the value of the token it went into: outputs keep their shapes, and pooling
-    over patches weighs tokens by their size.
+    over patches weighs tokens by their size. So do the outputs of earlier blocks that timm hands out with
+    `features_only`, `forward_intermediates` and `get_intermediate_layers`.
 
     Args:
         model (`nn.Module`):
@@ -135,8 +137,11 @@ class _VitMerger:
     size: Tensor | None = None
     keys: Tensor | None = None
     removed: list[int] = field(default_factory=list)
+    # While timm collects what blocks return: the latest output as it is, merged.
+    collecting: bool = False
+    output: Tensor | None = None
 
-    def attach(self) -> None:
+    def attach(self, encoder: nn.Module) -> None:
         start, blocks, keys, norm, *_ = self.anatomy
         merging = merging_blocks(self.schedule)
         if not merging or not (self.schedule.merge_r or self.schedule.merge_target_ratio):
@@ -148,11 +153,29 @@ class _VitMerger:
         for block in range(merging[0], len(blocks)):
             hook = partial(self.merge_input, block)
             add(blocks[block].register_forward_pre_hook(hook, with_kwargs=True))
+            add(blocks[block].register_forward_hook(self.spread))
         add(norm.register_forward_hook(self.restore))
+        if hasattr(encoder, "forward_intermediates"):
+            encoder.forward_intermediates = partial(self.collect, encoder)
 
-    def detach(self) -> None:
+    def detach(self, encoder: nn.Module) -> None:
+        encoder.__dict__.pop("forward_intermediates", None)
         while self.handles:
             self.handles.pop().remove()
+
+    def collect(self, encoder: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """What timm's `features_only` and `get_intermediate_layers` go through, too: outputs with all tokens."""
+        self.collecting = True
+        try:
+            return type(encoder).forward_intermediates(encoder, *args, **kwargs)
+        finally:
+            self.collecting, self.output = False, None
+
+    def spread(self, block: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        if not self.collecting:
+            return None
+        self.output = output
+        return self.whole_plan().unmerge(output)
 
     def begin(self, start: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if len(args) > 3 or kwargs.get("attention_mask") is not None:
@@ -164,7 +187,7 @@ class _VitMerger:
         self.keys = keys.mean(1) if keys.dim() == 4 else keys.unflatten(2, (self.anatomy.heads, -1)).mean(2)
 
     def merge_input(self, block: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
-        hidden = args[0]
+        hidden = args[0] if self.output is None else self.output
         if kwargs.pop("attn_mask", None) is not None or kwargs.get("is_causal"):
             raise ValueError(_MASK)
         # Gradient checkpointing runs blocks again, from the last to the first: they get the plan they had.
@@ -191,7 +214,7 @@ class _VitMerger:
         return bipartite_plan(hidden if keys is None else keys, r, range(prefix), first_source=prefix % 2)
 
     def restore(self, norm: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-        return self.whole_plan().unmerge(output) if self.steps else None
+        return self.whole_plan().unmerge(output) if self.steps and not self.collecting else None
 
     def whole_plan(self) -> TokenPlan:
         return reduce(compose, [step.plan for step in self.steps.values()])
@@ -218,9 +241,9 @@ def _address(x: Tensor) -> int:
 def _switch(encoder: nn.Module, merger: _VitMerger | None) -> None:
     current = encoder.__dict__.pop("token_reducer", None)
     if current is not None:
-        current.detach()
+        current.detach(encoder)
     if merger is not None:
-        merger.attach()
+        merger.attach(encoder)
         encoder.token_reducer = merger
 
 

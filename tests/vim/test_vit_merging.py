@@ -462,3 +462,39 @@ def test_unsupported_timm_models_are_refused_by_name():
     for mask in ({"attn_mask": torch.zeros(17, 17)}, {"is_causal": True}):
         with pytest.raises(ValueError, match="attention mask"):
             model(_images(), **mask)
+
+
+# What timm collects on its way
+
+
+@pytest.mark.parametrize("name", ["timm", "timm_distilled", "timm_average", "timm_registers"])
+@pytest.mark.parametrize("norm", [False, True])
+def test_intermediate_maps_have_every_patch(name, norm):
+    model, given = _MODELS[name](), _images()
+    dense = model.forward_intermediates(given, norm=norm)
+    apply_token_merging(model, r=2)
+    wanted = model.forward_features(given)
+    final, maps = model.forward_intermediates(given, norm=norm)
+    assert_close(final, wanted)
+    assert [each.shape for each in maps] == [each.shape for each in dense[1]] == [(3, 32, 4, 4)] * 4
+    assert_close(maps[0], dense[1][0])
+    prefix = model.num_prefix_tokens
+    last = maps[-1].flatten(2).mT
+    assert_close(last if norm else model.norm.forward(last), wanted[:, prefix:], 1e-5)
+    # Merged patches are equal: 2 fewer rows with every block.
+    assert [len(each[0].flatten(1).T.unique(dim=0)) for each in maps] == [16, 14, 12, 10]
+    assert_close(model.get_intermediate_layers(given, n=[1], norm=norm, reshape=True)[0], maps[1])
+    maps[1].sum().backward()
+    assert any(gradient.any() for gradient in existing_gradients(model).values())
+    remove_token_merging(model)
+    assert "forward_intermediates" not in vars(model)
+    assert_close(model.forward_intermediates(given, norm=norm)[1], dense[1])
+
+
+def test_features_only():
+    timm = require_package("timm")
+    model = timm.create_model("vit_tiny_patch16_224", features_only=True, img_size=64, out_indices=(3, 7, 11)).eval()
+    given = _images(1, 64)
+    shapes = [tuple(each.shape) for each in model(given)]
+    with token_merging(model, r=1):
+        assert [tuple(each.shape) for each in model(given)] == shapes == [(1, 192, 4, 4)] * 3
