@@ -111,7 +111,7 @@ def _run(args: ExperimentArguments, sparsity: float, seed: int) -> Iterator[tupl
         packed=args.packed,
     )
     test, train = windows(data.test, limit=args.eval_windows), windows(data.train)
-    config = TokenRouterConfig(target_sparsity=sparsity, decode_policy="keep", random_seed=seed)
+    config = TokenRouterConfig(target_sparsity=sparsity, random_seed=seed)
     model = TokenRouterModel(base, config)
     with model.disable_routing():
         reference = torch.cat(list(continuation_logits(model.model, test, args.prompt_length, 32)))

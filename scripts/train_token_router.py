@@ -85,7 +85,7 @@ class RoutingArguments:
     )
     skip_unit: Literal["block", "mlp"] = field(default="block", metadata={"help": "What is skipped."})
     decode_policy: Literal["threshold", "keep"] = field(
-        default="threshold", metadata={"help": "Whether generated tokens skip blocks."}
+        default="keep", metadata={"help": "Whether generated tokens skip blocks."}
     )
     decode_threshold: float = field(
         default=0.5, metadata={"help": "Sparsity from which generated tokens skip a block."}

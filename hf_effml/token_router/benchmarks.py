@@ -164,8 +164,10 @@ def bench_decoding(
     """
     configs = {
         DENSE: model.config,
-        "every token processed": _config(model, sparsity, decode_policy="keep"),
-        "blocks over 50 % skipped": _config(model, sparsity, sparsity_schedule=_stepped(model, sparsity)),
+        "every token processed": _config(model, sparsity),
+        "blocks over 50 % skipped": _config(
+            model, sparsity, sparsity_schedule=_stepped(model, sparsity), decode_policy="threshold"
+        ),
     }
     functions = {}
     for name, config in configs.items():

@@ -49,9 +49,10 @@ class TokenRouterConfig(PreTrainedConfig):
             `"keep"`: it has, for better quality, dense cache and some more work.
         skip_unit (`str`, *optional*, defaults to `"block"`):
             `"block"` skips attention and MLP, `"mlp"` the MLP alone.
-        decode_policy (`str`, *optional*, defaults to `"threshold"`):
-            What generated tokens do: `"threshold"` skips blocks whose sparsity is over `decode_threshold`, all samples
-            alike; `"keep"` processes them everywhere.
+        decode_policy (`str`, *optional*, defaults to `"keep"`):
+            What generated tokens do: `"keep"` processes them everywhere. `"threshold"`, the paper's, skips blocks
+            whose sparsity is over `decode_threshold`, all samples alike: as good as removing these blocks, which
+            ruins the text unless the schedule was searched for it.
         decode_threshold (`float`, *optional*, defaults to 0.5):
             See `decode_policy`.
         score_mode (`str`, *optional*, defaults to `"window"`):
@@ -103,7 +104,7 @@ class TokenRouterConfig(PreTrainedConfig):
     selection: Literal["budget", "threshold"] = "budget"
     kv_policy: Literal["drop", "keep"] = "drop"
     skip_unit: Literal["block", "mlp"] = "block"
-    decode_policy: Literal["threshold", "keep"] = "threshold"
+    decode_policy: Literal["threshold", "keep"] = "keep"
     decode_threshold: float | int = 0.5
     score_mode: Literal["window", "last", "mean"] = "window"
     score_window: int = 32

@@ -229,6 +229,20 @@ def stories(shared_data):
     return model, AutoTokenizer.from_pretrained(folder), load_text(str(shared_data / "text" / "tinystories"))
 
 
+@pytest.mark.parametrize("fields", [{"target_sparsity": 0.41}, {"sparsity_schedule": [0.0, 0.3, 0.4, 0.6, 0.7]}])
+def test_the_default_ruins_no_text(fields, shared_data):
+    """Where blocks skip over half of the prompt; the paper's rule removes them from generation."""
+    folder = shared_data / "llama-stories260k"
+    story = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. " * 4
+    windows = AutoTokenizer.from_pretrained(folder)(story, return_tensors="pt").input_ids[:, :128]
+    found = {}
+    for policy in ({}, {"decode_policy": "threshold"}):
+        config = TokenRouterConfig(**{"target_sparsity": 0.4, **fields}, min_tokens=0, **policy)
+        model = TokenRouterModel(AutoModelForCausalLM.from_pretrained(folder), config).eval()
+        found[len(policy)] = score_continuations(model, windows, prompt_length=96).kl
+    assert found[0] < 0.1 and found[1] > 20 * found[0]
+
+
 @pytest.mark.slow
 def test_loss_of_the_trained_llama(stories, shared_data):
     model, tokenizer, data = stories

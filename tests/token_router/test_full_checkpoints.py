@@ -69,7 +69,7 @@ def test_router_config_round_trip(tmp_path):
         "selection": "threshold",
         "kv_policy": "keep",
         "skip_unit": "block",
-        "decode_policy": "keep",
+        "decode_policy": "threshold",
         "decode_threshold": 0.25,
         "score_mode": "mean",
         "score_window": 7,

@@ -94,10 +94,10 @@ def test_other_families(family, kernel):
     assert torch.equal(found, twin.generate(ids, use_cache=False, **options))
 
 
-@pytest.mark.parametrize("fields", [{"decode_policy": "keep"}, {"decode_threshold": 0.1}, {"decode_threshold": 1.0}])
+@pytest.mark.parametrize("fields", [{}, {"decode_threshold": 0.1}, {"decode_threshold": 1.0}])
 def test_decode_policies(fields):
     ids, mask = texts(2, 20, (0, 6))
-    model = routed(**fields)
+    model = routed(**fields, **({"decode_policy": "threshold"} if fields else {}))
     cache, options = (
         DynamicCache(config=model.config),
         {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False},
@@ -112,12 +112,7 @@ def test_decode_policies(fields):
     assert [layer.keys.shape[2] for layer in cache.layers] == [
         kept + more for kept, more in zip(known[:, 0].sum(-1).tolist(), new, strict=True)
     ]
-    assert (
-        sum(new)
-        == {"decode_policy": 20, "decode_threshold": 5 if fields.get("decode_threshold") == 0.1 else 20}[
-            next(iter(fields))
-        ]
-    )
+    assert sum(new) == (5 if fields.get("decode_threshold") == 0.1 else 20)
 
 
 @pytest.mark.parametrize("router_type, min_tokens", [("static", 0), ("dynamic", 0), ("one_pass", 8)])

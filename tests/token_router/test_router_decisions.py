@@ -293,7 +293,7 @@ def test_another_configuration_for_one_call():
 @every_policy
 def test_as_generated(router_type, policy):
     """A continuation of any length follows the decode policy: alone on a cache, or behind its prompt in one call."""
-    model = routed(router_type=router_type, **POLICIES[policy])
+    model = routed(router_type=router_type, decode_policy="threshold", **POLICIES[policy])
     ids, mask = texts(2, 30, (0, 7))
     cache = DynamicCache(config=model.config)
     with torch.no_grad():

@@ -245,13 +245,14 @@ def test_short_prompts_run_dense(router_type, selection):
 def test_short_calls_on_a_cache_follow_the_decode_policy():
     real = torch.ones(2, 7, dtype=torch.bool)
     fields = {"sparsity_schedule": [0.0, 0.6, 0.4, 0.2], "target_sparsity": 0.3, "min_tokens": 8, "past": 30}
+    assert state(real, **fields).keep_masks().all()
+    fields |= {"decode_policy": "threshold"}
     routing = state(real, **fields)
     assert not routing.is_prompt
     assert routing.keep_masks().flatten(1).all(1).tolist() == [True, False, True, True]
     assert routing.keep_masks().flatten(1).any(1).tolist() == [True, False, True, True]
     stricter = state(real, **fields, decode_threshold=0.2)
     assert stricter.keep_masks().flatten(1).any(1).tolist() == [True, False, False, True]
-    assert state(real, **fields, decode_policy="keep").keep_masks().all()
     assert state(real, **(fields | {"min_tokens": 7}), router_type="static").is_prompt
     # A short prompt is a prompt all the same, and runs dense.
     for router_type in ("static", "one_pass"):

@@ -85,12 +85,11 @@ def with_transformers_mixer(model: VimForImageClassification) -> VimForImageClas
     def one_direction(mixer: vim_blocks.VimMixer, mark: str) -> MambaMixer:
         state = mixer.state_dict()
         twin = MambaMixer(mamba, layer_idx=0).eval()
-        # The official names end in `_b` for the backward direction, but for `A_b_log`.
         own = {
-            name: name if name.startswith(("in_proj", "out_proj")) else _official_name(name, mark)
+            name: name if name.startswith(("in_proj", "out_proj")) else _own_name(name, mark)
             for name in twin.state_dict()
         }
-        twin.load_state_dict({name: state[official] for name, official in own.items()})
+        twin.load_state_dict({name: state[ours] for name, ours in own.items()})
         return twin
 
     class TwoDirections(nn.Module):
@@ -109,9 +108,10 @@ def with_transformers_mixer(model: VimForImageClassification) -> VimForImageClas
     return twin
 
 
-def _official_name(name: str, mark: str) -> str:
-    if name == "A_log":
-        return f"A{mark}_log"
+def _own_name(name: str, mark: str) -> str:
+    """Names of the backward direction end in `_b`, but for `A_b_log`."""
+    if name in ("A_log", "dt_proj.bias"):
+        return f"A{mark}_log" if name == "A_log" else f"time_step{mark}.bias"
     module, dot, parameter = name.partition(".")
     return f"{module}{mark}{dot}{parameter}"
 
