@@ -1,5 +1,6 @@
 """Configuration of the ConvNet that dataset distillation is measured with."""
 
+import math
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -15,6 +16,9 @@ except ImportError:  # a saved folder, which brings its own kind, where the pack
         return read(*args, **options)
 
 
+# The largest sizes, far above any ConvNet: what is larger is a slip, and would fill the memory before it failed.
+_LARGEST = {"num_channels": 2**12, "hidden_size": 2**16, "depth": 2**10}
+_LARGEST_IMAGE, _MOST_LABELS, _MOST_WEIGHTS = 2**15, 2**20, 10**10
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 
 
@@ -70,6 +74,8 @@ class ConvNetConfig(PreTrainedConfig):
     pooling: Literal["avg", "max", "none"] = "avg"
 
     def __post_init__(self, **kwargs: Any) -> None:
+        if kwargs.get("num_labels") is not None and kwargs["num_labels"] not in range(_MOST_LABELS + 1):
+            raise ValueError(f"`num_labels` must be from 0 to {_MOST_LABELS}; got {kwargs['num_labels']}.")
         if isinstance(self.image_size, tuple):
             self.image_size = list(self.image_size)
         super().__post_init__(**kwargs)
@@ -80,17 +86,17 @@ class ConvNetConfig(PreTrainedConfig):
         return read_config_dict(super().get_config_dict, cls.model_type, *args, **kwargs)
 
     def validate_architecture(self) -> None:
-        """Check ranges and combinations; called by `strict` on construction."""
-        for name in ("num_channels", "hidden_size", "depth"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1; got {getattr(self, name)}.")
+        """Check ranges and combinations; called by `strict` on construction, and by the model."""
+        for name, largest in _LARGEST.items():
+            if not 1 <= getattr(self, name) <= largest:
+                raise ValueError(f"`{name}` must be from 1 to {largest}; got {getattr(self, name)}.")
         if self.problem_type not in (None, *PROBLEM_TYPES):
             raise ValueError(f"`problem_type` must be one of {', '.join(PROBLEM_TYPES)}; got {self.problem_type!r}.")
         size = self.image_size
         if not isinstance(size, int) and len(size) != 2:
             raise ValueError(f"`image_size` must be one number or [height, width]; got {size}.")
-        if min(self.image_shape) < 1:
-            raise ValueError(f"`image_size` must be at least 1; got {size}.")
+        if not 1 <= min(self.image_shape) <= max(self.image_shape) <= _LARGEST_IMAGE:
+            raise ValueError(f"`image_size` must be from 1 to {_LARGEST_IMAGE}; got {size}.")
         if self.norm == "group" and self.hidden_size % 4:
             raise ValueError(
                 f'`hidden_size` must be a multiple of 4 with `norm="group"`, which has 4 groups; got '
@@ -102,6 +108,15 @@ class ConvNetConfig(PreTrainedConfig):
             raise ValueError(
                 f"`image_size` {size} is too small for `depth` {self.depth}: every block halves the image and nothing "
                 f'is left. {advice}, or `pooling="none"`.'
+            )
+
+        convolutions = 9 * self.hidden_size * (self.num_channels + (self.depth - 1) * self.hidden_size)
+        weights = convolutions + self.hidden_size * math.prod(self.feature_size) * self.num_labels
+        if weights > _MOST_WEIGHTS:
+            raise ValueError(
+                f"`hidden_size` {self.hidden_size}, `depth` {self.depth}, `image_size` {size} and `num_labels` "
+                f"{self.num_labels} make a model of {weights:.2g} weights, of at most {_MOST_WEIGHTS:.0e}. Make them "
+                "smaller."
             )
 
     @property

@@ -1,5 +1,6 @@
 """Configuration of a synthetic data set that is trained like a model."""
 
+import math
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -15,6 +16,10 @@ except ImportError:  # a saved folder, which brings its own kind, where the pack
     def read_config_dict(read: Any, wanted: Any, *args: Any, **options: Any) -> Any:  # type: ignore[misc]
         """Reads a configuration as it is."""
         return read(*args, **options)
+
+
+# Far above any set: what is larger is a slip, and would fill the memory before it failed.
+_MOST_LABELS, _MOST_VALUES = 2**20, 10**10
 
 
 @strict
@@ -75,6 +80,8 @@ class DistilledDatasetConfig(PreTrainedConfig):
     method: str | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        if kwargs.get("num_labels") is not None and kwargs["num_labels"] not in range(_MOST_LABELS + 1):
+            raise ValueError(f"`num_labels` must be from 0 to {_MOST_LABELS}; got {kwargs['num_labels']}.")
         if isinstance(self.image_size, tuple):
             self.image_size = list(self.image_size)
         super().__post_init__(**kwargs)
@@ -85,7 +92,7 @@ class DistilledDatasetConfig(PreTrainedConfig):
         return read_config_dict(super().get_config_dict, cls.model_type, *args, **kwargs)
 
     def validate_shape(self) -> None:
-        """Check ranges; called by `strict` on construction."""
+        """Check ranges; called by `strict` on construction, and by the model."""
         for name in ("images_per_class", "num_channels"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1; got {getattr(self, name)}.")
@@ -96,8 +103,15 @@ class DistilledDatasetConfig(PreTrainedConfig):
             raise ValueError(
                 f"Distillation is of images of one class each; got `problem_type={self.problem_type!r}`. Leave it out."
             )
-        if not self.initial_lr > 0:
-            raise ValueError(f"`initial_lr` must be positive; got {self.initial_lr}.")
+        values = self.num_images * (self.num_channels * math.prod(size) + self.num_labels)
+        if values > _MOST_VALUES:
+            raise ValueError(
+                f"`images_per_class` {self.images_per_class}, {self.num_labels} classes, `num_channels` "
+                f"{self.num_channels} and `image_size` {self.image_size} make {values:.2g} values, of at most "
+                f"{_MOST_VALUES:.0e}. Make them smaller."
+            )
+        if not 0 < self.initial_lr < math.inf:
+            raise ValueError(f"`initial_lr` must be finite and positive; got {self.initial_lr}.")
         # Says what is wrong by itself.
         _ = self.augmentation
 

@@ -72,6 +72,8 @@ class ConvNetForImageClassification(PreTrainedModel):
     accepts_loss_kwargs = False
 
     def __init__(self, config: ConvNetConfig):
+        # Fields may have been assigned since it was made, as `from_pretrained` does.
+        config.validate_architecture()
         super().__init__(config)
         blocks = [_block(config, index) for index in range(config.depth)]
         self.features = nn.Sequential(*(layer for block in blocks for layer in block))

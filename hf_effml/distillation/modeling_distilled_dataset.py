@@ -61,6 +61,8 @@ class DistilledDatasetModel(PreTrainedModel):
     accepts_loss_kwargs = False
 
     def __init__(self, config: DistilledDatasetConfig):
+        # Fields may have been assigned since it was made, as `from_pretrained` does.
+        config.validate_shape()
         super().__init__(config)
         self.images = nn.Parameter(torch.empty(config.num_images, config.num_channels, *config.height_and_width))
         self.labels = nn.Parameter(torch.empty(config.num_images, config.num_labels))

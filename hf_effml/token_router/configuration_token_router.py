@@ -17,6 +17,8 @@ except ImportError:  # a saved folder, which brings its own kind, where the pack
 
 # No block may skip more than this share: the first and the last token always go through.
 MAX_SPARSITY = 0.95
+# Far above any model: what is larger is a slip, and would fill the memory before it failed.
+_LARGEST = {"num_hidden_layers": 2**14, "router_hidden_size": 2**20}
 # How far the mean of a schedule may be from the target.
 _TOLERANCE = 1e-3
 
@@ -163,11 +165,18 @@ class TokenRouterConfig(PreTrainedConfig):
         for name in not_negative:
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must not be negative; got {getattr(self, name)}.")
-        for name in ("score_window", "router_hidden_size"):
-            # The first two hidden units of a router hold the static rule.
-            least = 2 if name == "router_hidden_size" else 1
-            if getattr(self, name) < least:
-                raise ValueError(f"`{name}` must be at least {least}; got {getattr(self, name)}.")
+        # The first two hidden units of a router hold the static rule.
+        for name, least in (("score_window", 1), ("router_hidden_size", 2), ("num_hidden_layers", 1)):
+            value = getattr(self, name)
+            if value is not None and not least <= value <= _LARGEST.get(name, value):
+                limit = f" and at most {_LARGEST[name]}" if name in _LARGEST else ""
+                raise ValueError(f"`{name}` must be at least {least}{limit}; got {value}.")
+        for name in ("num_protected_first", "num_protected_last"):
+            value, most = getattr(self, name), _LARGEST["num_hidden_layers"]
+            if value > most:
+                raise ValueError(f"`{name}` must be at most {most}; got {value}.")
+        if not 0 <= self.random_seed < 2**63:
+            raise ValueError(f"`random_seed` must be from 0 to 2**63 - 1; got {self.random_seed}.")
         if not 0 <= self.decode_threshold <= 1:
             raise ValueError(f"`decode_threshold` must be between 0 and 1; got {self.decode_threshold}.")
         if not 0 <= self.target_sparsity < 1:

@@ -1,5 +1,6 @@
 """Configuration of DyVM, a Vision Mamba that drops tokens and skips scan directions, image by image."""
 
+import math
 from dataclasses import fields
 from typing import Any, ClassVar, Literal
 
@@ -205,6 +206,9 @@ class DyVMConfig(VimConfig):
         if threshold is not None and not 0 < threshold < 1:
             raise ValueError(f"`block_gate_threshold` must be between 0 and 1, or None; got {threshold}.")
         offset = self.block_gate_logit_offset
+        for value in (self.block_gate_bias_init, *(sum(offset, []) if isinstance(offset, list) else [offset])):
+            if not math.isfinite(value):
+                raise ValueError(f"`block_gate_bias_init` and `block_gate_logit_offset` must be finite; got {value}.")
         if isinstance(offset, list) and [len(pair) for pair in offset] != [2] * self.num_hidden_layers:
             raise ValueError(
                 f"A list in `block_gate_logit_offset` has one pair per block ({self.num_hidden_layers}); got {offset}."
@@ -213,11 +217,11 @@ class DyVMConfig(VimConfig):
     def validate_training(self) -> None:
         """Check temperatures and loss weights; called by `strict` on construction."""
         for name in ("token_gumbel_tau", "block_gumbel_tau"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"`{name}` must be positive; got {getattr(self, name)}.")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"`{name}` must be positive and finite; got {getattr(self, name)}.")
         for name in ("token_ratio_loss_weight", "block_ratio_loss_weight", "distillation_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"`{name}` must be at least 0; got {getattr(self, name)}.")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"`{name}` must be finite and at least 0; got {getattr(self, name)}.")
 
 
 __all__ = ["DyVMConfig"]

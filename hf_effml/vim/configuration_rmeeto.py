@@ -124,7 +124,7 @@ class RMeeToVimConfig(VimConfig):
                 )
             if r and r[0] > 0:
                 raise ValueError(f"Block 0 has no previous block to match on: `merge_r[0]` must be 0; got {r[0]}.")
-        elif r < 0 or (isinstance(r, float) and r >= 0.5):
+        elif not r >= 0 or (isinstance(r, float) and r >= 0.5):
             raise ValueError(f"`merge_r` must be a number of tokens, at least 0, or a share below 0.5; got {r}.")
         if ratio is not None and not 0 < ratio < 1:
             raise ValueError(f"`merge_target_ratio` must be between 0 and 1; got {ratio}.")

@@ -18,6 +18,19 @@ except ImportError:  # a saved folder, which brings its own kind, where the pack
 
 
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
+# The largest sizes, far above any Vim: what is larger is a slip, and would fill the memory before it failed.
+_LARGEST = {
+    "patch_size": 2**12,
+    "patch_stride": 2**12,
+    "num_channels": 2**12,
+    "hidden_size": 2**16,
+    "num_hidden_layers": 2**12,
+    "state_size": 2**12,
+    "conv_kernel": 2**12,
+    "expand": 2**8,
+    "time_step_rank": 2**16,
+}
+_LARGEST_IMAGE, _MOST_LABELS, _MOST_WEIGHTS = 2**15, 2**20, 10**10
 # Their weights are those of a Vim, and more: each loads from the folders of the others.
 _KINDS = ("vim", "rmeeto_vim", "dyvm")
 
@@ -144,7 +157,11 @@ class VimConfig(BackboneConfigMixin, PreTrainedConfig):
         self.patch_stride = self.patch_size if self.patch_stride is None else self.patch_stride
         if self.time_step_rank == "auto":
             self.time_step_rank = math.ceil(self.hidden_size / 16)
-        self.stage_names = ["stem"] + [f"stage{index}" for index in range(1, self.num_hidden_layers + 1)]
+        if kwargs.get("num_labels") not in range(_MOST_LABELS + 1) and kwargs.get("num_labels") is not None:
+            raise ValueError(f"`num_labels` must be from 0 to {_MOST_LABELS}; got {kwargs['num_labels']}.")
+        # A depth that is refused below needs no names.
+        depth = min(self.num_hidden_layers, _LARGEST["num_hidden_layers"])
+        self.stage_names = ["stem"] + [f"stage{index}" for index in range(1, depth + 1)]
         self.set_output_features_output_indices(
             out_features=kwargs.pop("out_features", None), out_indices=kwargs.pop("out_indices", None)
         )
@@ -156,24 +173,21 @@ class VimConfig(BackboneConfigMixin, PreTrainedConfig):
         return read_config_dict(super().get_config_dict, _KINDS, *args, **kwargs)
 
     def validate_architecture(self) -> None:
-        """Check ranges and combinations; called by `strict` on construction."""
-        positive = ("patch_size", "patch_stride", "num_channels", "hidden_size", "num_hidden_layers", "state_size")
-        for name in (*positive, "conv_kernel", "expand", "time_step_rank"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1; got {getattr(self, name)}.")
+        """Check ranges and combinations; called by `strict` on construction, and by the models."""
+        for name, largest in _LARGEST.items():
+            if not 1 <= getattr(self, name) <= largest:
+                raise ValueError(f"`{name}` must be from 1 to {largest}; got {getattr(self, name)}.")
+        self._check_numbers()
         for name in ("hidden_dropout_prob", "drop_path_rate"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be in [0, 1); got {getattr(self, name)}.")
         if self.problem_type not in (None, *PROBLEM_TYPES):
             raise ValueError(f"`problem_type` must be one of {', '.join(PROBLEM_TYPES)}; got {self.problem_type!r}.")
-        if not 0 < self.time_step_min <= self.time_step_max:
-            raise ValueError(
-                f"`time_step_min` must be positive and at most `time_step_max`; got {self.time_step_min} and "
-                f"{self.time_step_max}."
-            )
         size = self.image_size
         if not isinstance(size, int) and len(size) != 2:
             raise ValueError(f"`image_size` must be one number or [height, width]; got {size}.")
+        if max(self._image_shape) > _LARGEST_IMAGE:
+            raise ValueError(f"`image_size` must be at most {_LARGEST_IMAGE}; got {size}.")
         if min(self._image_shape) < self.patch_size:
             raise ValueError(
                 f"`image_size` {size} is smaller than `patch_size` {self.patch_size}. Use smaller patches."
@@ -185,6 +199,35 @@ class VimConfig(BackboneConfigMixin, PreTrainedConfig):
                 f"`pooling={self.pooling!r}` is for models without class token; got "
                 f'`cls_token_position={self.cls_token_position!r}`. Use `pooling="cls"`.'
             )
+
+        if self._weights > _MOST_WEIGHTS:
+            raise ValueError(
+                f"`hidden_size` {self.hidden_size}, `num_hidden_layers` {self.num_hidden_layers}, `expand` "
+                f"{self.expand}, `state_size` {self.state_size} and `image_size` {size} make a model of "
+                f"{self._weights:.2g} weights, of at most {_MOST_WEIGHTS:.0e}. Make them smaller."
+            )
+
+    def _check_numbers(self) -> None:
+        for name in ("time_step_max", "time_step_scale", "layer_scale_init_value"):
+            if not math.isfinite(getattr(self, name) or 0):
+                raise ValueError(f"`{name}` must be finite; got {getattr(self, name)}.")
+        for name in ("layer_norm_eps", "time_step_floor", "initializer_range"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and (value > 0 or name == "initializer_range" and value == 0)):
+                raise ValueError(f"`{name}` must be positive and finite; got {value}.")
+        if not 0 < self.time_step_min <= self.time_step_max:
+            raise ValueError(
+                f"`time_step_min` must be positive and at most `time_step_max`; got {self.time_step_min} and "
+                f"{self.time_step_max}."
+            )
+
+    @property
+    def _weights(self) -> int:
+        """How many there are, apart from biases and vectors."""
+        width, inner, rank = self.hidden_size, self.intermediate_size, int(self.time_step_rank)
+        direction = inner * (self.conv_kernel + 2 * rank + 3 * self.state_size)
+        outside = self.num_channels * self.patch_size**2 + self.num_patches + self.num_labels
+        return self.num_hidden_layers * (3 * width * inner + 2 * direction) + width * outside
 
     @property
     def _image_shape(self) -> tuple[int, int]:

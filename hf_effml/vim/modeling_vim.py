@@ -200,6 +200,8 @@ class VimEncoder(VimPreTrainedModel):
     block_class: type[VimBlock] = VimBlock
 
     def __init__(self, config: VimConfig):
+        # Fields may have been assigned since it was made, as `from_pretrained` does.
+        config.validate_architecture()
         super().__init__(config)
         width = config.hidden_size
         self.patch_embed = VimPatchEmbeddings(config)

@@ -142,7 +142,7 @@ def test_a_failed_replacement_changes_nothing():
         ({"router_type": "oracle"}, "expected one of ('static', 'dynamic', 'one_pass', 'random'), got oracle"),
         ({"kv_policy": "half"}, "expected one of ('drop', 'keep'), got half"),
         ({"score_window": 0}, "`score_window` must be at least 1; got 0"),
-        ({"router_hidden_size": 1}, "`router_hidden_size` must be at least 2; got 1"),
+        ({"router_hidden_size": 1}, "`router_hidden_size` must be at least 2 and at most 1048576; got 1"),
         ({"min_tokens": -1}, "`min_tokens` must not be negative; got -1"),
         ({"always_keep_last": -1}, "`always_keep_last` must not be negative; got -1"),
         ({"num_protected_last": -1}, "`num_protected_last` must not be negative; got -1"),
