@@ -30,6 +30,7 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
     """Runs the program with the arguments `argv` (the command line's when None) and returns its results."""
     (args,) = parse_arguments(PushArguments, argv=argv, program=__file__, description=__doc__)
     from hf_effml.hub import push_folder
+    from hf_effml.hub.checks import what_stays_here
 
     commit = push_folder(
         args.folder,
@@ -41,7 +42,16 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
         license=args.license,
     )
     print(f"Pushed {args.folder}: {commit.pr_url or commit.commit_url}")
-    return {"repo": args.repo, "commit": commit.oid, "url": commit.commit_url, "pull_request": commit.pr_url}
+    left_out = what_stays_here(args.folder)
+    if left_out:
+        print("Left out: " + ", ".join(f"{name} ({size:,} bytes)" for name, size in left_out.items()))
+    return {
+        "left_out": list(left_out),
+        "repo": args.repo,
+        "commit": commit.oid,
+        "url": commit.commit_url,
+        "pull_request": commit.pr_url,
+    }
 
 
 if __name__ == "__main__":

@@ -16,11 +16,11 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
     script, args = parse_arguments(
         SetArguments, PADTrainingArguments, argv=argv, program=__file__, description=__doc__
     )
-    bank = load_bank(script, args, read_recipes("expert"))
     if script.dry_run:
-        cost = estimate_run(script, args, bank)
+        cost = estimate_run(script, args, read_recipes("expert"))
         print(cost.as_markdown())
         return cost.facts
+    bank = load_bank(script, args, read_recipes("expert"))
     found = distil(PADTrainer, script, args, bank)
     if found.is_main_process:
         print(f"\n{found.as_text()}")

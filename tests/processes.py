@@ -1,11 +1,13 @@
 """Other interpreters for tests: real processes, which start in a moment because their libraries are imported."""
 
 import json
+import multiprocessing
 import os
 import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import cache
 from itertools import count
 from pathlib import Path
@@ -79,3 +81,22 @@ def _server() -> tuple[Path, subprocess.Popen]:
     server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert server.stdout.readline() == "listening\n"
     return folder, server
+
+
+def run_together(target: Callable[[int], None], count: int = 2, seconds: float = 120) -> list[int | None]:
+    """Forks processes that know of each other as those of `torchrun` do; their exit codes, negative for a signal."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+
+    def in_process(index: int) -> None:
+        os.environ.update(where, RANK=str(index), LOCAL_RANK=str(index))
+        target(index)
+
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=in_process, args=(index,)) for index in range(count)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(seconds)
+    return [process.exitcode for process in processes]

@@ -294,9 +294,11 @@ def _evaluation_results(log_history: Sequence[dict[str, Any]]) -> list[CardResul
 
 def _command_line() -> list[str] | None:
     """The command that runs this program, unless it is a notebook or a test."""
-    program = Path(sys.argv[0]).name
+    program, spec = Path(sys.argv[0]).name, getattr(sys.modules["__main__"], "__spec__", None)
     if program == "hf-effml":
         return sys.argv
+    if spec is not None and spec.name.startswith("hf_effml"):
+        return ["python", "-m", spec.name.removesuffix(".__main__"), *sys.argv[1:]]
     return (
         ["python", *sys.argv] if program.endswith(".py") and not program.endswith(("_launcher.py", "__.py")) else None
     )

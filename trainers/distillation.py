@@ -5,12 +5,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from transformers import PreTrainedConfig
+
 from hf_effml.distillation.bank.initialization import distilled_from_real
 from hf_effml.distillation.bank.trajectories import TrajectoryBank
-from hf_effml.distillation.evaluation.cost import estimate_cost
+from hf_effml.distillation.evaluation.cost import data_shape, estimate_cost, student_of_paper
 from hf_effml.distillation.evaluation.measure import evaluate_distilled
 from hf_effml.distillation.evaluation.protocols import get_protocol
 from hf_effml.distillation.evaluation.report import EvaluationReport
+from hf_effml.distillation.evaluation.students import student_by_name
 from hf_effml.distillation.modeling_distilled_dataset import DistilledDatasetModel
 from hf_effml.distillation.real_images import RealImageData, reload_real_images
 from hf_effml.utils.imports import require
@@ -36,6 +39,9 @@ class SetArguments:
         "test_epochs",
         "full_epochs",
         "license",
+        "student",
+        "image_shape",
+        "num_classes",
     )
 
     bank: str | None = field(default=None, metadata={"help": "Folder or Hub id of the experts."})
@@ -63,6 +69,24 @@ class SetArguments:
     )
     license: str | None = field(default=None, metadata={"help": "License of the real images, for the set's card."})
     dry_run: bool = field(default=False, metadata={"help": "Only say what it needs in memory and arithmetic."})
+    student: str | None = field(
+        default=None, metadata={"help": "With --dry_run: the network, as convnet-d3-w128, where no bank is at hand."}
+    )
+    image_shape: list[int] | None = field(
+        default=None, metadata={"help": "With --dry_run: channels, height and width, as 3 32 32."}
+    )
+    num_classes: int | None = field(default=None, metadata={"help": "With --dry_run: classes of the images."})
+
+    def __post_init__(self) -> None:
+        named = {name: getattr(self, name) for name in ("student", "image_shape", "num_classes")}
+        given = [f"--{name}" for name, value in named.items() if value is not None]
+        if given and not (self.dry_run and len(given) == len(named)):
+            raise ValueError(
+                f"`{'`, `'.join(given)}` describes what `--dry_run` counts for: give `--dry_run` and all of "
+                f"`--{'`, `--'.join(named)}`, or leave it out."
+            )
+        if self.image_shape is not None and (len(self.image_shape) != 3 or min(self.image_shape) < 1):
+            raise ValueError(f"`image_shape` must be channels, height and width; got {self.image_shape}.")
 
     def config_fields(self) -> dict[str, Any]:
         """The fields of a [`DistilledDatasetConfig`] among them."""
@@ -144,31 +168,42 @@ def load_bank(
     return train_bank(recipes[script.bank_recipe], str(Path(args.output_dir, "bank")))
 
 
-def estimate_run(script: SetArguments, args: TrajectoryMatchingTrainingArguments, bank: TrajectoryBank) -> Report:
+def estimate_run(
+    script: SetArguments, args: TrajectoryMatchingTrainingArguments, recipes: Mapping[str, Mapping[str, Any]]
+) -> Report:
     """Says what a run needs, beside what the published code would need for the same.
+
+    It needs no experts: a bank that is here, a recipe of one, the name of a paper's, or network, shape and classes by
+    themselves say enough.
 
     Args:
         script (`SetArguments`):
             The set.
         args ([`TrajectoryMatchingTrainingArguments`]):
             The run.
-        bank ([`TrajectoryBank`]):
-            The experts.
+        recipes (`Mapping[str, Mapping]`):
+            Those of `hf-effml train expert`.
 
     Returns:
         [`~hf_effml.utils.report.Report`]: the numbers are among its facts, by name.
+
+    Raises:
+        ValueError: If nothing says which network is trained on which images.
     """
-    labels = bank.metadata["dataset"]["label_names"]
-    channels, height, width = bank.metadata["dataset"]["image_shape"]
+    student, shape, num_classes, num_experts, epochs = _what_is_matched(script, recipes)
+    if isinstance(student, str):
+        student = student_by_name(student, shape[1:], shape[0], num_classes)
+    if not isinstance(student, PreTrainedConfig):
+        raise ValueError(f"`{script.student}` has no configuration to count for. Name another `--student`.")
     cost = estimate_cost(
-        bank.student_config,
-        (channels, height, width),
-        len(labels),
+        student,
+        shape,
+        num_classes,
         script.images_per_class,
         syn_steps=args.syn_steps,
         batch_syn=args.batch_syn,
-        num_experts=len(bank),
-        snapshots=len(bank.epochs),
+        num_experts=num_experts,
+        snapshots=epochs,
         kept_snapshots=args.max_start_epoch - args.min_start_epoch + args.expert_epochs,
         iterations=args.max_steps,
     )
@@ -177,6 +212,48 @@ def estimate_run(script: SetArguments, args: TrajectoryMatchingTrainingArguments
         report.add(name.replace("_", " "), value=value)
     report.notes.append("Gigabytes are those of one process; a graph of all steps is what the published code keeps.")
     return report
+
+
+def _what_is_matched(
+    script: SetArguments, recipes: Mapping[str, Mapping[str, Any]]
+) -> tuple[Any, tuple[int, int, int], int, int, int]:
+    """Network, shape of an image, classes, experts and what is kept of each, from the first source that says it."""
+    if script.student is not None and script.image_shape is not None and script.num_classes is not None:
+        channels, height, width = script.image_shape
+        return script.student, (channels, height, width), script.num_classes, *_PUBLISHED
+    settings = next(
+        (
+            recipe
+            for name, recipe in recipes.items()
+            if script.bank_recipe == name or (script.bank is not None and recipe.get("output_dir") == script.bank)
+        ),
+        None,
+    )
+    here = script.bank is not None and Path(script.bank).is_dir()
+    if not here and settings is not None and (found := data_shape(settings)) is not None:
+        shape, num_classes = found
+        return settings["student"], shape, num_classes, settings["num_experts"], settings["num_train_epochs"] + 1
+    if not here and script.bank is not None and (known := student_of_paper(script.bank)) is not None:
+        return *known, *_PUBLISHED
+    if script.bank is None:
+        raise ValueError(
+            "Nothing says which network is trained on which images. Give `--bank`, `--bank_recipe`, or `--student`, "
+            "`--image_shape` and `--num_classes`."
+        )
+    bank = TrajectoryBank.from_pretrained(script.bank)
+    described = bank.metadata.get("dataset") or {}
+    if not described.get("image_shape") or not described.get("label_names"):
+        raise ValueError(
+            f"The bank `{script.bank}` does not say what its images are. Give `--student`, `--image_shape` and "
+            "`--num_classes`."
+        )
+    channels, height, width = described["image_shape"]
+    classes = len(described["label_names"])
+    return bank.student_config, (channels, height, width), classes, len(bank), len(bank.epochs)
+
+
+# The papers' experts, and what is kept of each.
+_PUBLISHED = (100, 101)
 
 
 def distil(

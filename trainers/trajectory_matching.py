@@ -25,8 +25,9 @@ from hf_effml.distillation.publishing.sets import save_distilled_dataset
 from hf_effml.distillation.unroll import StudentDerivatives
 from hf_effml.hub import push_folder, write_card
 from hf_effml.hub.privacy import scrub, scrub_command
-from hf_effml.utils.files import remove_leftovers, replacing_file
+from hf_effml.utils.files import remove_leftovers, replacing_file, write_text
 from hf_effml.utils.imports import usable
+from hf_effml.utils.processes import explaining_lost_processes
 from hf_effml.utils.sources.class_labels import check_same_classes
 
 from .base import EffMLTrainer, _changed_arguments, _command_line
@@ -39,7 +40,9 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-_PICTURES = "pictures"
+_DATASET, _PICTURES = "dataset", "pictures"
+# What lies in the folder of a run and is no part of the model.
+_BESIDE = (f"{_DATASET}/", f"{_PICTURES}/", "bank/")
 # A bad choice of the start epochs or of the step size shows within so many steps.
 _FIRST_STEPS = 100
 
@@ -153,9 +156,24 @@ class TrajectoryMatchingTrainer(EffMLTrainer):
         """
         self.accelerator.unwrap_model(self.model).config.method = self._method
         if self.is_world_process_zero():
-            for folder in (self.args.output_dir, Path(self.args.output_dir, _PICTURES)):
-                remove_leftovers(folder)
-        return super().train(resume_from_checkpoint, **kwargs)
+            remove_leftovers(Path(self.args.output_dir, _PICTURES))
+        with explaining_lost_processes("for its part of a step"):
+            return super().train(resume_from_checkpoint, **kwargs)
+
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
+        """Creates the repository and keeps experts, pictures and the published set out of it.
+
+        Args:
+            args (`tuple`):
+                Passed on to [`EffMLTrainer.init_hf_repo`].
+            kwargs (`dict`):
+                Passed on as well.
+        """
+        super().init_hf_repo(*args, **kwargs)
+        if self.is_world_process_zero():
+            ignored = Path(self.args.output_dir, ".gitignore")
+            lines = ignored.read_text(encoding="utf-8").splitlines() if ignored.exists() else []
+            write_text(ignored, "\n".join([*dict.fromkeys([*lines, *_BESIDE]), ""]))
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Makes one SGD with a group for images, one for soft labels and one for the step size."""
@@ -241,7 +259,8 @@ class TrajectoryMatchingTrainer(EffMLTrainer):
             f"that were trained on the set by the protocol `{rules.name}`, {rules.epochs} epochs"
         )
         # Rounding may differ from device to device, and all processes must choose the same best step.
-        metrics = broadcast_object_list([metrics])[0]
+        with explaining_lost_processes("for the accuracy"):
+            metrics = broadcast_object_list([metrics])[0]
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -281,7 +300,7 @@ class TrajectoryMatchingTrainer(EffMLTrainer):
         Returns:
             `Path`: the folder; [`load_distilled`] reads it.
         """
-        folder = Path(folder or Path(self.args.output_dir, "dataset"))
+        folder = Path(folder or Path(self.args.output_dir, _DATASET))
         if self.is_world_process_zero():
             own: DistilledDatasetModel = self.accelerator.unwrap_model(self.model)
             run = DistillationRun.of_trainer(self, self._shaping_arguments(), self._command())
@@ -291,8 +310,10 @@ class TrajectoryMatchingTrainer(EffMLTrainer):
                 measured = self.card_facts.get("evaluated_on")
                 note = f"accuracy on {measured}" if measured else ""
                 save_curves(self.state.log_history, folder / "curves.png", note=note)
-            write_card(folder)
-        self.accelerator.wait_for_everyone()
+            # By default the folder is called as everybody's is.
+            write_card(folder, folder.resolve().parent.name if folder.name == _DATASET else None)
+        with explaining_lost_processes("for the set to be written"):
+            self.accelerator.wait_for_everyone()
         return folder
 
     def push_dataset_to_hub(

@@ -1,5 +1,6 @@
 """How to distil by matching trajectories: the arguments that all methods share, and what they must not be."""
 
+import os
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -149,6 +150,9 @@ class TrajectoryMatchingTrainingArguments(EffMLTrainingArguments):
         if self.load_best_model_at_end and self.metric_for_best_model is None:  # type: ignore[has-type]
             # Evaluations give no loss, which is what the base class looks at.
             self.metric_for_best_model = "accuracy"
+        # Without an accelerator processes only know of each other when they are told to compute on CPUs.
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
+            self.use_cpu = True
         super().__post_init__()
 
     def _check_starts(self) -> None:

@@ -19,6 +19,7 @@ from .bank.card import TrajectoryBankFolder
 from .publishing.description import read_description
 from .publishing.evaluations import evaluations_section, merge_evaluations
 from .publishing.sets import INFO_NAME
+from .publishing.snippet import training_snippet
 
 
 if TYPE_CHECKING:
@@ -119,8 +120,8 @@ class DistilledSetFolder(FolderKind):
         )
 
     def snippet(self) -> str:
-        """Trains a network on the set."""
-        return _SNIPPET.format(channels=self.info["image_shape"][0], classes=len(self.info["classes"]))
+        """Trains networks on the set and on as many real images, and measures both on real ones."""
+        return training_snippet(self.info, self.read_json("preprocessor_config.json"))
 
     def values(self, repo_id: str) -> dict[str, Any]:
         """What the template shows."""
@@ -137,12 +138,10 @@ class DistilledSetFolder(FolderKind):
             "channels": channels,
             "height": height,
             "width": width,
-            "mode": "L" if channels == 1 else "RGB",
             "num_classes": len(info["classes"]),
             "low": f"{low:.3g}",
             "high": f"{high:.3g}",
-            "preprocessing": None if processor is None else "whiten" if processor.get("do_whiten") else "normalise",
-            "crops": processor is not None and processor.get("resize_mode") == "crop",
+            "preprocessing": None if processor is None else "whitened" if processor.get("do_whiten") else "normalised",
             "how_previewed": "every one stretched to its own range"
             if processor is None
             else "with the preprocessing undone",
@@ -225,39 +224,6 @@ class DistilledModelFolder(ModelFolder):
 
 
 KINDS = (DistilledSetFolder, DistilledModelFolder, TrajectoryBankFolder)
-
-_SNIPPET = """import json
-from pathlib import Path
-
-import torch
-from datasets import load_dataset
-from huggingface_hub import hf_hub_download
-from transformers import ResNetConfig, ResNetForImageClassification
-
-rows = load_dataset(dataset_id, split="train").with_format("torch")
-images, soft_labels = rows["image"][:], rows["soft_label"][:].softmax(-1)
-
-
-def find(name):
-    local = Path(dataset_id, name)
-    return local if local.exists() else Path(hf_hub_download(dataset_id, name, repo_type="dataset"))
-
-
-info = json.loads(find("distillation.json").read_text(encoding="utf-8"))
-rules = info["protocol"]
-size = {{"embedding_size": 64, "hidden_sizes": [64, 128, 256, 512], "depths": [2, 2, 2, 2], "layer_type": "basic"}}
-config = ResNetConfig(num_channels={channels}, num_labels={classes}, **size)
-model = ResNetForImageClassification(config).train()
-optimizer = torch.optim.SGD(
-    model.parameters(), lr=info["learning_rate"], momentum=rules["momentum"], weight_decay=rules["weight_decay"]
-)
-for epoch in range(10):  # the whole protocol: rules["epochs"], and what else stands in `rules`
-    for batch in torch.randperm(len(images)).tensor_split(-(-len(images) // rules["batch_size"])):
-        loss = torch.nn.functional.cross_entropy(model(images[batch]).logits, soft_labels[batch])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-print(f"loss {{loss:.3f}} after {{epoch + 1}} epochs")"""
 
 
 def _base(info: Mapping[str, Any]) -> str | None:

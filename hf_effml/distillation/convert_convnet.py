@@ -9,9 +9,13 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers.utils import logging
 
 from .configuration_convnet import ConvNetConfig
 from .modeling_convnet import ConvNetForImageClassification
+
+
+logger = logging.get_logger(__name__)
 
 
 def convert_convnet_checkpoint(
@@ -170,7 +174,16 @@ def _detect_size(state: dict[str, Tensor], shape: dict[str, Any]) -> int | list[
             f"The classifier reads {values} values of {shape['hidden_size']} channels, which are no square maps. Pass "
             "`image_size=(height, width)`."
         )
-    return side * (1 if shape["pooling"] == "none" else 2 ** shape["depth"]) - extra
+    if shape["pooling"] == "none":
+        return side - extra
+    smallest = side * 2 ** shape["depth"] - extra
+    if extra:
+        largest = (side + 1) * 2 ** shape["depth"] - 1 - extra
+        logger.warning(
+            f"These weights fit grey images of {smallest} to {largest} pixels and do not tell which; {smallest} are "
+            "taken, as official ones have. Pass `image_size` for others: the model refuses images of another size."
+        )
+    return smallest
 
 
 __all__ = ["convert_convnet_checkpoint", "to_official"]

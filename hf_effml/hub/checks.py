@@ -1,6 +1,7 @@
 """Whether a folder can be published: a look into every file, not at its name."""
 
 import bz2
+import glob
 import json
 import lzma
 import mmap
@@ -20,12 +21,12 @@ from hf_effml.utils.files import is_leftover
 
 from .card_file import read_card, read_text
 from .cards import CARD_NAME
-from .kinds import kind_of
+from .kinds import is_known, kind_of
 from .privacy import find_private, find_private_in_bytes, scrub
 from .sections import unbalanced_sections
 
 
-__all__ = ["LEFT_OUT", "check_folder", "files_to_push"]
+__all__ = ["LEFT_OUT", "check_folder", "files_to_push", "what_stays_here"]
 
 # What a Trainer leaves behind for its own use: its arguments name the machine's folders and can hold a token.
 LEFT_OUT = [
@@ -59,6 +60,7 @@ _TRACKERS = {
 }
 _PICKLES = (".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth")
 _WEIGHTS = (".safetensors",)
+_PICTURES = (".gif", ".jpeg", ".jpg", ".png", ".svg", ".webp")
 # How a whole file of a kind begins, and what its last bytes hold.
 _WHOLE = {".parquet": (b"PAR1", b"PAR1"), ".png": (b"\x89PNG", b"IEND")}
 _MAX_REMARKS = 5
@@ -109,12 +111,53 @@ def files_to_push(folder: Path) -> list[str]:
     Returns:
         `list[str]`: sorted, with `/` between folders; a link to a folder is named as it is.
     """
+    ignored = [*DEFAULT_IGNORE_PATTERNS, *LEFT_OUT, *kind_of(folder).left_out, *_not_of_it(folder)]
+    return list(filter_repo_objects(_all_files(folder), ignore_patterns=ignored))
+
+
+def what_stays_here(folder: str | Path) -> dict[str, int]:
+    """Says what an upload leaves out.
+
+    Args:
+        folder (`str` or `Path`):
+            The folder.
+
+    Returns:
+        `dict[str, int]`: bytes by name; of a folder that stays here as a whole, its own name.
+    """
+    folder = Path(folder)
+    uploaded, found = set(files_to_push(folder)), dict[str, int]()
+    known = {name.partition("/")[0] for name in uploaded}
+    for name in filter_repo_objects(_all_files(folder), ignore_patterns=DEFAULT_IGNORE_PATTERNS):
+        if name not in uploaded:
+            first, slash, _ = name.partition("/")
+            shown = name if first in known else f"{first}{slash}"
+            path = folder / name
+            found[shown] = found.get(shown, 0) + (path.stat().st_size if path.is_file() else 0)
+    return found
+
+
+def _all_files(folder: Path) -> list[str]:
     names = []
     for path, folders, files in os.walk(folder):
         found = (Path(path, name) for name in [*files, *folders])
         names += [each.relative_to(folder).as_posix() for each in found if each.is_symlink() or each.is_file()]
-    ignored = [*DEFAULT_IGNORE_PATTERNS, *LEFT_OUT, *kind_of(folder).left_out]
-    return list(filter_repo_objects(sorted(names), ignore_patterns=ignored))
+    return sorted(names)
+
+
+def _not_of_it(folder: Path) -> list[str]:
+    """Patterns of nested folders of another kind, which are repositories of their own, and of pictures nobody sees."""
+    nested = [
+        path.relative_to(folder).as_posix()
+        for path in (Path(found) for found, _, _ in os.walk(folder))
+        if path != folder and is_known(path) and type(kind_of(path)) is not type(kind_of(folder))
+    ]
+    card = folder / CARD_NAME
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    unseen = [
+        name for name in _all_files(folder) if "/" in name and name.lower().endswith(_PICTURES) and name not in text
+    ]
+    return [glob.escape(name) for name in unseen] + [f"{glob.escape(name)}/*" for name in nested]
 
 
 def _remarks_on_file(folder: Path, name: str) -> Iterator[str]:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from huggingface_hub import DatasetCardData, ModelCardData
 
 
-__all__ = ["FolderKind", "installed_versions", "kind_of"]
+__all__ = ["FolderKind", "installed_versions", "is_known", "kind_of"]
 
 
 class FolderKind:
@@ -154,6 +154,20 @@ def kind_of(folder: str | Path, **facts: Any) -> FolderKind:
             f"The card of a {kind.noun} is made from its own files; got `{'`, `'.join(facts)}`. Leave them out."
         )
     return kind(folder, **facts)
+
+
+def is_known(folder: str | Path) -> bool:
+    """Says whether a subject knows a folder by its files as one of its kinds.
+
+    Args:
+        folder (`str` or `Path`):
+            The folder.
+
+    Returns:
+        `bool`: the answer; any other folder can only be a plain model.
+    """
+    config = read_config(Path(folder))
+    return any(kind.recognises(Path(folder), config) for kind in _kinds_of_subjects())
 
 
 def installed_versions(*further: str) -> dict[str, str]:

@@ -1,11 +1,12 @@
 """Uploads a folder with its card, after a look at what is in it."""
 
+import glob
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, HfApi
 
 from .cards import set_license, set_repo_id
-from .checks import LEFT_OUT, check_folder
+from .checks import check_folder, files_to_push
 from .kinds import kind_of
 
 
@@ -24,7 +25,9 @@ def push_folder(
 ) -> CommitInfo:
     """Checks a folder and uploads it with its card; the card's snippet then loads from `repo_id`.
 
-    Models go to a repository for models, data sets and banks of experts to one for data sets.
+    Models go to a repository for models, data sets and banks of experts to one for data sets. Only what the folder is
+    for goes along: checkpoints, nested folders of another kind (experts, a published set) and pictures in sub-folders
+    that the card does not show stay here, see [`~hf_effml.hub.checks.what_stays_here`].
 
     Args:
         folder (`str` or `Path`):
@@ -61,7 +64,7 @@ def push_folder(
     """
     check_folder(folder)
     api = HfApi(token=token)
-    kind, left_out = kind_of(folder).repo_type, kind_of(folder).left_out
+    kind = kind_of(folder).repo_type
     repo_id = api.create_repo(repo_id, repo_type=kind, private=private, exist_ok=True).repo_id
     if revision is not None and not revision.startswith("refs/"):
         api.create_branch(repo_id, repo_type=kind, branch=revision, exist_ok=True)
@@ -75,5 +78,5 @@ def push_folder(
         commit_message=commit_message or f"Upload {repo_id.split('/')[-1]} with hf_effml",
         revision=revision,
         create_pr=create_pr,
-        ignore_patterns=[*LEFT_OUT, *left_out],
+        allow_patterns=[glob.escape(name) for name in files_to_push(Path(folder))],
     )

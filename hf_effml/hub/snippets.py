@@ -29,7 +29,8 @@ def with_id(snippet: str, variable: str, repo_id: str) -> str:
     """
     lines = snippet.splitlines()
     place = next(i for i, line in enumerate(lines) if line and not line.startswith(("import ", "from ")))
-    return "\n".join([*lines[:place], with_value(variable, repo_id), *lines[place:]])
+    space = ["", ""] if lines[place].startswith(("def ", "class ")) else []
+    return "\n".join([*lines[:place], with_value(variable, repo_id), *space, *lines[place:]])
 
 
 def with_value(variable: str, text: str) -> str:

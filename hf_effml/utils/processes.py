@@ -4,13 +4,8 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
-
-try:
-    import fcntl
-except ImportError:  # no POSIX system
-    fcntl = None  # type: ignore[assignment]
+from filelock import FileLock, Timeout
 
 
 __all__ = ["explaining_lost_processes", "holding", "is_held"]
@@ -42,8 +37,7 @@ def holding(path: str | Path) -> Iterator[None]:
 
     ```
     """
-    with Path(path).open("a+b") as file:
-        _try_to_lock(file)
+    with FileLock(path, timeout=0):
         yield
 
 
@@ -57,11 +51,13 @@ def is_held(path: str | Path) -> bool:
     Returns:
         `bool`: the answer; `False` where there is no such file, `True` where the system cannot tell.
     """
-    try:
-        with Path(path).open("r+b") as file:
-            return not _try_to_lock(file)
-    except FileNotFoundError:
+    if not Path(path).exists():
         return False
+    try:
+        with FileLock(path, timeout=0):
+            return False
+    except (Timeout, NotImplementedError):
+        return True
 
 
 @contextmanager
@@ -84,14 +80,3 @@ def explaining_lost_processes(meanwhile: str) -> Iterator[None]:
             f"Another process of this run has ended, or does not answer, while this one waited {meanwhile}, and it "
             "gives up. The error that the other one ended with comes first in the output; start all processes again."
         ) from error
-
-
-def _try_to_lock(file: IO[bytes]) -> bool:
-    """Whether the lock is ours now, until the file is closed. Disks that know no locks never grant one."""
-    if fcntl is None:
-        return False
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True

@@ -48,6 +48,16 @@ def test_odd_shapes_need_their_size():
     assert convert_convnet_checkpoint(to_official(build(image_size=33)), image_size=33).config.image_size == 33
 
 
+def test_grey_images_of_32_pixels_are_to_be_named(caplog):
+    """They leave the same map as 28, which the official ones have."""
+    weights = to_official(build(num_channels=1, image_size=32))
+    assert convert_convnet_checkpoint(weights).config.image_size == 28
+    assert "fit grey images of 28 to 35 pixels" in caplog.text and "Pass `image_size`" in caplog.text
+    caplog.clear()
+    converted = convert_convnet_checkpoint(weights, image_size=32)
+    assert converted(torch.zeros(1, 1, 32, 32)).logits.shape == (1, 5) and not caplog.text
+
+
 @pytest.mark.parametrize("suffix", ["pt", "pth", "safetensors"])
 def test_files(suffix, tmp_path):
     model, file = build(), tmp_path / f"net.{suffix}"

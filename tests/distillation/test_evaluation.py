@@ -357,3 +357,22 @@ def test_what_does_not_fit_is_refused_at_once(distilled, change, options, messag
         monkeypatch.setattr(measure, "train_student", lambda *_: pytest.fail("it trained first"))
     with pytest.raises(ValueError, match=message):
         evaluate_distilled(distilled._replace(**change), CONFIG, TEST, **options)
+
+
+def test_batch_normalisation_of_a_few_images_is_remarked_and_calibrated(caplog):
+    """Real images are brighter than those that were trained on, so running statistics are wrong for them."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(40) % 2
+    images = torch.randn(40, 3, 8, 8, generator=generator) * 0.3 + 2 * labels.view(-1, 1, 1, 1)
+    real = RealImages(4 * images + 9, labels, ["a", "b"])
+    few = TrainingSet(images[:4], labels[:4], 5 * torch.eye(2)[labels[:4]], learning_rate=0.05)
+    student = ConvNetConfig(image_size=8, depth=1, hidden_size=8, norm="batch")
+    how = {"protocol": get_protocol("tm", epochs=60), "seeds": [0], "baselines": False, "disable_tqdm": True}
+    report = evaluate_distilled(few, student, real, real=replace(real, source_fingerprint="other"), **how)
+    accuracies = {name: found.mean for name, found in report.accuracies.items()}
+    assert accuracies["distilled_calibrated"] == 1 > accuracies["distilled"] + 0.3
+    assert "statistics of 4 images fit real ones badly" in caplog.text and "calibrated" in report.notes[0]
+    bare = evaluate_distilled(few, student, real, **how)
+    assert list(bare.accuracies) == ["distilled"] and "says little about the set" in bare.notes[0]
+    plain = evaluate_distilled(few, ConvNetConfig(image_size=8, depth=1, hidden_size=8), real, **how)
+    assert not plain.notes and list(plain.accuracies) == ["distilled"]

@@ -10,6 +10,7 @@ import torch
 from huggingface_hub import DatasetCard
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers import ResNetConfig
 
 from helpers import assert_close, require_package, run_python, tiny_vim_config
 from hf_effml import (
@@ -22,6 +23,7 @@ from hf_effml import (
     save_distilled_dataset,
     to_dataset,
 )
+from hf_effml.distillation.bank.files import write_bank
 from hf_effml.distillation.card import add_evaluations
 from hf_effml.distillation.differentiable_augmentation import AugmentationSettings
 from hf_effml.distillation.evaluation.measure import evaluate_distilled
@@ -30,9 +32,12 @@ from hf_effml.distillation.publishing import sets
 from hf_effml.distillation.publishing.description import describe_distillation
 from hf_effml.distillation.publishing.run import DistillationRun
 from hf_effml.distillation.publishing.sets import INFO_NAME
+from hf_effml.distillation.publishing.snippet import training_snippet
 from hf_effml.distillation.publishing.tables import check_distilled
 from hf_effml.distillation.real_images import RealImages
 from hf_effml.hub import check_folder, render_card, write_card
+from hf_effml.hub.checks import files_to_push, what_stays_here
+from hf_effml.scripts.train_pad import main as train_pad
 
 
 NAMES = ["cat", "dog"]
@@ -40,15 +45,15 @@ DATA = {"name": "cifar10", "hub_id": "uoft-cs/cifar10", "revision": "abc", "spli
 
 
 def make_model(processor=None, channels=3, ipc=2, seed=0, **fields):
+    student = ConvNetConfig(num_channels=channels, image_size=8, depth=2, hidden_size=4)
+    fields = {"id2label": dict(enumerate(NAMES)), **fields}
     config = DistilledDatasetConfig(
         images_per_class=ipc,
         num_channels=channels,
         image_size=8,
-        id2label=dict(enumerate(NAMES)),
         augmentation_crop_ratio=0.25,
-        student=ConvNetConfig(num_channels=channels, image_size=8, depth=2, hidden_size=4).to_dict(),
         preprocessing=None if processor is None else processor.fingerprint,
-        **{"method": "pad", "dataset": DATA, **fields},
+        **{"method": "pad", "dataset": DATA, "student": student.to_dict(), **fields},
     )
     model = DistilledDatasetModel(config)
     generator = torch.Generator().manual_seed(seed)
@@ -362,25 +367,77 @@ def test_card_takes_no_facts(folder):
 
 
 def test_snippets_run_without_the_package(tmp_path):
+    """On a folder of real pictures: cats are light, and class names stand in another order than in the set."""
     require_package("datasets")
-    pixels = torch.randint(0, 256, (20, 3, 8, 8), generator=torch.Generator().manual_seed(0)) / 255
-    Image.fromarray(pixels[0].mul(255).byte().permute(1, 2, 0).numpy()).save(tmp_path / "cat.png")
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 128, (20, 3, 8, 8), generator=generator)
+    pixels[:10] += 127
+    pixels = pixels / 255
+    for index, image in enumerate(pixels):
+        split = "train" if index % 10 < 5 else "test"
+        path = tmp_path / "photos" / split / ("cat" if index < 10 else "a dog") / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.mul(255).round().byte().permute(1, 2, 0).numpy()).save(path)
     code = "import os; os.environ['HF_HOME'] = os.getcwd() + '/home'\nfrom safetensors.torch import save_file\n"
-    processors = {}
-    for name, whiten, mode in (("whitened", True, "crop"), ("normalised", False, "squash")):
+    processors, source = {}, {"name": "photos", "arguments": {"name": "photos"}}
+    resnet = ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic", num_labels=2)
+    for name, whiten, mode, student in (
+        ("whitened", True, "crop", ConvNetConfig(image_size=8, depth=2, hidden_size=4, norm="batch")),
+        ("normalised", False, "squash", resnet),
+    ):
         processor = processors[name] = ZCAImageProcessor.from_images(pixels, do_whiten=whiten, resize_mode=mode)
-        folder = save_distilled_dataset(make_model(processor), tmp_path / name, processor)
+        model = make_model(processor, dataset=source, student=student.to_dict(), id2label={0: "cat", 1: "a dog"})
+        images = processor.whiten(pixels[[0, 1, 10, 11]])
+        model.set_content(images, 4 * torch.eye(2).repeat_interleave(2, 0), lr=0.02)
+        folder = save_distilled_dataset(model, tmp_path / name, processor)
         code += "\n".join(re.findall(r"```python\n(.*?)```", write_card(folder).read_text(), flags=re.S))
-        code += "seen = {'images': images, 'labels': soft_labels, 'cat': preprocess(Image.open('cat.png'))}\n"
+        code += "seen = {'images': images, 'labels': soft_labels}\n"
+        code += "seen['cat'] = preprocess([Image.open('photos/train/cat/0.png')])\n"
         code += "seen = {name: tensor.contiguous() for name, tensor in seen.items()}\n"
         code += f"save_file(seen, '{name}.safetensors')\n"
-    printed = run_python(code, cwd=tmp_path, without_package=True)
-    assert len(re.findall(r"^loss \d\.\d+ after 10 epochs\n(cat|dog)$", printed, flags=re.M)) == 2, printed
+    printed = run_python(code.replace("steps=300", "steps=80"), cwd=tmp_path, without_package=True)
+    said = (
+        r"accuracy on 10 real test images: ([\d.]+)% trained on this set\n[\d.]+% trained on as many .*\n(cat|a dog)$"
+    )
+    assert [float(found[0]) for found in re.findall(said, printed, flags=re.M)] > [90, 90], printed
     for name, processor in processors.items():
         seen = load_file(tmp_path / f"{name}.safetensors")
-        assert torch.equal(bits(seen["images"]), bits(make_model().images))
-        assert_close(seen["labels"], make_model().labels.detach().softmax(-1), 1e-6)
+        assert torch.equal(bits(seen["images"]), bits(processor.whiten(pixels[[0, 1, 10, 11]])))
+        assert_close(seen["labels"], (4 * torch.eye(2).repeat_interleave(2, 0)).softmax(-1), 1e-6)
         assert_close(seen["cat"], processor(pixels[:1])["pixel_values"], 1e-5)
+
+
+@pytest.mark.slow
+def test_snippet_of_a_set_of_digits_is_better_than_real_images(tmp_path):
+    """The smoke recipe, read by somebody who has not got this package."""
+    require_package("datasets")
+    train_pad(
+        ["--recipe", "smoke", "--output_dir", str(tmp_path / "pad"), "--test_seeds", "0", "--disable_tqdm", "true"]
+    )
+    card = (tmp_path / "pad" / "dataset" / "README.md").read_text()
+    code = re.findall(r"```python\n(.*?)```", card, flags=re.S)[0]
+    code = code.replace('dataset_id = "pad"', 'dataset_id = "pad/dataset"')
+    printed = run_python(code, cwd=tmp_path, without_package=True)
+    ours, real = map(float, re.findall(r"([\d.]+)% trained on", printed))
+    assert ours > real + 10 and ours > 60, printed
+
+
+def test_snippet_without_preprocessing_says_so(tmp_path):
+    require_package("datasets")
+    card = write_card(save_distilled_dataset(make_model(), tmp_path / "bare")).read_text()
+    assert "nothing can be measured on real ones" in card
+    code = "\n".join(re.findall(r"```python\n(.*?)```", card, flags=re.S))
+    assert "of its own images" in run_python(code, cwd=tmp_path, without_package=True)
+
+
+def test_snippet_takes_real_images_from_where_the_set_took_them(folder):
+    info = json.loads((folder / INFO_NAME).read_text())
+    settings = json.loads((folder / "preprocessor_config.json").read_text())
+    assert "load_dataset('uoft-cs/cifar10', revision='abc')" in training_snippet(info, settings)
+    here = info | {"dataset": {"name": "digits", "arguments": {"name": "digits"}}}
+    assert "digits = load_digits()" in training_snippet(here, settings)
+    unknown = training_snippet(info | {"dataset": None, "student": {"model_type": "vim"}}, settings)
+    assert "data_dir='real-images'" in unknown and "nn.Conv2d" in unknown
 
 
 # What is pushed.
@@ -389,6 +446,26 @@ def test_snippets_run_without_the_package(tmp_path):
 def test_a_finished_folder_passes(folder):
     write_card(folder)
     check_folder(folder)
+
+
+def test_a_run_is_pushed_without_what_lies_in_its_folder(processor, tmp_path):
+    """Experts, the published set and pictures of the course stay here, whatever they are called; the push says so."""
+    require_package("datasets")
+    model, run = make_model(processor), tmp_path / "run"
+    model.save_pretrained(run)
+    processor.save_pretrained(run)
+    write_card(run)
+    kept = set(files_to_push(run))
+    write_bank(run / "my-experts", {"num_experts": 1, "student": {}, "parameters": [], "epochs": []})
+    save_distilled_dataset(model, run / "published", processor)
+    for name in ("images/step-1.png", "checkpoint-1/model.safetensors"):
+        (run / name).parent.mkdir()
+        (run / name).write_bytes(b"1234")
+    assert set(files_to_push(run)) == kept and "model.safetensors" in kept
+    stays = what_stays_here(run)
+    assert set(stays) == {"my-experts/", "published/", "images/", "checkpoint-1/"} and stays["images/"] == 4
+    write_card(run / "published")
+    assert {"images.png", "data/train-00000-of-00001.parquet"} <= set(files_to_push(run / "published"))
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,15 @@
 
 import json
 import re
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from helpers import require_package
 from hf_effml import DistilledDatasetModel, TrajectoryBank, load_distilled
+from hf_effml.cli.recipes import read_recipes
 from hf_effml.distillation.evaluation import benchmarks
 from hf_effml.hub.cards import CARD_NAME
 from hf_effml.scripts import (
@@ -19,6 +22,7 @@ from hf_effml.scripts import (
     train_pad,
 )
 from hf_effml.trainers import distillation
+from hf_effml.trainers.base import _command_line
 
 
 SHORT = [
@@ -45,6 +49,7 @@ def test_distils_tests_and_publishes(program, bank, tmp_path, capsys):
     assert torch.equal(published.training_set.soft_labels, model.labels)
     assert model.config.method == {train_pad: "pad", train_edf: "edf", train_datm: "tm"}[program]
     assert {path.name for path in (out / "pictures").iterdir()} == {"step-000000.png", "step-000002.png"}
+    assert "\n# set\n" in (out / "dataset" / CARD_NAME).read_text()
     card = (out / CARD_NAME).read_text()
     # What is measured on the test images stands on the card, and no license is made up.
     assert "the test images of digits" in card and "license:" not in card
@@ -59,6 +64,24 @@ def test_dry_run_computes_nothing(bank, tmp_path, capsys):
     assert costs["full_unroll_GB"] > costs["ours_GB"] > 0
     assert "full unroll GB" in capsys.readouterr().out
     assert not (tmp_path / "set").exists() or not any((tmp_path / "set").iterdir())
+
+
+@pytest.mark.parametrize("program", [train_pad, train_edf, train_datm], ids=["pad", "edf", "datm"])
+def test_dry_run_needs_no_experts_and_no_network(program, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(TrajectoryBank, "from_pretrained", lambda *_: pytest.fail("it looked for experts"))
+    monkeypatch.setattr(distillation, "train_bank", lambda *_: pytest.fail("it trained experts"))
+    for recipe in read_recipes(program.__file__):
+        assert program.main(["--recipe", recipe, "--dry_run"])["ours_GB"] > 0
+    described = ["--dry_run", "--student", "convnet-d3-w128", "--image_shape", "3", "32", "32", "--num_classes", "10"]
+    costs = program.main([*described, "--images_per_class", "10", "--syn_steps", "80"])
+    assert costs["parameters"] == 320010 and round(costs["full_unroll_GB"]) == 25
+    with pytest.raises(ValueError, match="Nothing says which network is trained"):
+        program.main(["--dry_run"])
+    for wrong in (["--student", "mlp"], ["--dry_run", "--num_classes", "3"]):
+        with pytest.raises(ValueError, match="`--dry_run` counts for"):
+            program.main(wrong)
+    assert not list(tmp_path.iterdir())
 
 
 def test_last_step_is_reported_beside_the_selected_one(bank, tmp_path, monkeypatch):
@@ -80,6 +103,26 @@ def test_last_step_is_reported_beside_the_selected_one(bank, tmp_path, monkeypat
     results = train_datm.main(argv)
     selected = json.loads((tmp_path / "set" / "dataset" / "distillation.json").read_text())["selected"]["step"]
     assert ("last" in results["accuracies"]) == (selected == 1) == (found["last"] is not None)
+
+
+@pytest.mark.parametrize(
+    ("module", "program", "recorded"),
+    [
+        (
+            "hf_effml.scripts.train_pad",
+            "/somewhere/scripts/train_pad.py",
+            ["python", "-m", "hf_effml.scripts.train_pad"],
+        ),
+        ("hf_effml.__main__", "/somewhere/hf_effml/__main__.py", ["python", "-m", "hf_effml"]),
+        (None, "scripts/train_pad.py", ["python", "scripts/train_pad.py"]),
+        ("pytest.__main__", "/somewhere/pytest/__main__.py", None),
+    ],
+)
+def test_the_command_is_recorded_as_it_runs(module, program, recorded, monkeypatch):
+    spec = None if module is None else SimpleNamespace(name=module)
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)
+    monkeypatch.setattr(sys, "argv", [program, "--recipe", "smoke"])
+    assert _command_line() == (None if recorded is None else [*recorded, "--recipe", "smoke"])
 
 
 def test_map_arguments_that_do_not_fit(bank):

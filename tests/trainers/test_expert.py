@@ -5,7 +5,6 @@ import json
 import multiprocessing
 import os
 import signal
-import socket
 
 import pytest
 import torch
@@ -22,6 +21,7 @@ from hf_effml.distillation.image_processing_zca import ZCAImageProcessor
 from hf_effml.distillation.pad import DataCurriculum
 from hf_effml.distillation.real_images import RealImageData, RealImages, load_real_images
 from hf_effml.trainers.expert import ExpertTrainer, ExpertTrainingArguments
+from processes import run_together
 
 
 CLASSES = 3
@@ -432,9 +432,6 @@ def test_a_process_gives_up_waiting_for_a_dead_one(tmp_path):
     """The second process is killed in its first expert; the first one has finished and waits."""
 
     def in_process(index):
-        os.environ.update(
-            RANK=str(index), LOCAL_RANK=str(index), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port
-        )
         torch.set_num_threads(1)
         PartialState._reset_state()
         mine = trainer(tmp_path, num_experts=2)
@@ -444,17 +441,8 @@ def test_a_process_gives_up_waiting_for_a_dead_one(tmp_path):
         said = r"Process 1 has ended before it had trained `expert-00001.safetensors` \(1 of its 1 experts"
         with pytest.raises(RuntimeError, match=said):
             mine.train()
-        (tmp_path / "told").touch()
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    processes = [multiprocessing.get_context("fork").Process(target=in_process, args=(index,)) for index in (0, 1)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-    assert [process.exitcode for process in processes] == [0, -signal.SIGKILL] and (tmp_path / "told").exists()
+    assert run_together(in_process) == [0, -signal.SIGKILL]
 
 
 def test_processes_on_cpus_share_the_experts(tmp_path):

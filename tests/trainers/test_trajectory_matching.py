@@ -4,11 +4,12 @@ import copy
 import math
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate import debug_launcher
+from accelerate import PartialState, debug_launcher
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
@@ -25,6 +26,7 @@ from hf_effml.distillation.bank.files import write_bank, write_expert
 from hf_effml.distillation.bank.segments import TrajectorySegments
 from hf_effml.distillation.flat_student import FlatStudent, build_student
 from hf_effml.trainers import trajectory_matching
+from processes import run_together
 
 
 def content(model):
@@ -159,6 +161,34 @@ def test_processes_batch_and_accumulation_are_the_same(distil, tmp_path):
     for method in methods:
         for process in (0, 1):
             assert_close(torch.load(tmp_path / f"{method}-{process}.pt"), together[method], 1e-6, method)
+
+
+def test_a_process_gives_up_when_another_has_died(distil):
+    """Whatever it waits for: here the gradient of the other one's segment."""
+
+    def in_process(index):
+        torch.set_num_threads(1)
+        PartialState._reset_state()
+        trainer = distil(callbacks=[_Kill()] if index else None, use_cpu=False)
+        assert trainer.args.world_size == 2
+        with pytest.raises(RuntimeError, match="Another process .* has ended.*this one waited for its part of a step"):
+            trainer.train()
+
+    assert run_together(in_process) == [0, -signal.SIGKILL]
+
+
+class _Kill(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_what_lies_beside_the_model_is_not_pushed_with_it(distil, monkeypatch):
+    monkeypatch.setattr("transformers.Trainer.init_hf_repo", lambda *_, **__: None)
+    trainer = distil(max_steps=1)
+    trainer.init_hf_repo()
+    trainer.init_hf_repo()
+    lines = Path(trainer.args.output_dir, ".gitignore").read_text().splitlines()
+    assert sorted(lines) == ["bank/", "dataset/", "pictures/", "training_args.bin"]
 
 
 def test_a_batch_larger_than_the_set(distil):

@@ -14,7 +14,7 @@ from hf_effml.distillation.configuration_convnet import ConvNetConfig
 from hf_effml.distillation.flat_student import build_student, math_attention, student_config
 
 
-__all__ = ["CostEstimate", "estimate_cost", "recipe_costs"]
+__all__ = ["CostEstimate", "data_shape", "estimate_cost", "recipe_costs", "student_of_paper"]
 
 _BYTES = 4
 # Measured on ConvNets: what the graph of a step that is to be differentiated twice keeps, in values per value that
@@ -226,8 +226,57 @@ def estimate_cost(
 
 
 # Classes, image size and depth of the student; subsets of ImageNet have 10, 128 and 5.
-_EXPERTS = {"expert-cifar10": (10, 32, 3), "expert-cifar100": (100, 32, 3), "expert-tiny-imagenet": (200, 64, 4)}
-_OF_SUBSETS = (10, 128, 5)
+_SUBSETS = ("imagenette", "imagewoof", "imagemeow", "imageyellow", "imagesquawk", "imagefruit", "comp-dd")
+_EXPERTS = {
+    "expert-cifar10": (10, 32, 3),
+    "expert-cifar100": (100, 32, 3),
+    "expert-tiny-imagenet": (200, 64, 4),
+    **{f"expert-{name}": (10, 128, 5) for name in _SUBSETS},
+}
+# Channels, image size and classes of what recipes of experts are trained on.
+_DATA = {
+    "digits": (1, 8, 10),
+    "uoft-cs/cifar10": (3, 32, 10),
+    "uoft-cs/cifar100": (3, 32, 100),
+    "zh-plus/tiny-imagenet": (3, 64, 200),
+    "ILSVRC/imagenet-1k": (3, 224, 1000),
+}
+
+
+def student_of_paper(bank: str) -> tuple[ConvNetConfig, tuple[int, int, int], int] | None:
+    """Says what the experts of a published setting are, without looking for them.
+
+    Args:
+        bank (`str`):
+            Name of the bank in our recipes, as `expert-cifar10`.
+
+    Returns:
+        `tuple` or `None`: the network, the shape of an image and the number of classes; `None` for other names.
+    """
+    found = _EXPERTS.get(bank.removesuffix("-pad"))
+    if found is None:
+        return None
+    num_classes, size, depth = found
+    return ConvNetConfig(depth=depth, hidden_size=128, image_size=size), (3, size, size), num_classes
+
+
+def data_shape(settings: Mapping[str, Any]) -> tuple[tuple[int, int, int], int] | None:
+    """Says what the images of a recipe of experts are, without reading them.
+
+    Args:
+        settings (`Mapping`):
+            A recipe of `hf-effml train expert`.
+
+    Returns:
+        `tuple` or `None`: the shape of an image and the number of classes; `None` for data that is not known here.
+    """
+    found = _DATA.get(settings.get("data", "digits"))
+    if found is None:
+        return None
+    channels, size, num_classes = found
+    size = settings.get("image_size") or size
+    classes = settings.get("classes")
+    return (settings.get("num_channels") or channels, size, size), len(classes) if classes else num_classes
 
 
 def recipe_costs(recipes: Mapping[str, Mapping[str, Any]]) -> dict[str, CostEstimate]:
@@ -249,11 +298,11 @@ def recipe_costs(recipes: Mapping[str, Mapping[str, Any]]) -> dict[str, CostEsti
 
 
 def _cost_of_recipe(settings: Mapping[str, Any]) -> CostEstimate:
-    num_classes, size, depth = _EXPERTS.get(settings["bank"].removesuffix("-pad"), _OF_SUBSETS)
+    found = student_of_paper(settings["bank"])
+    if found is None:
+        raise ValueError(f"`{settings['bank']}` is no bank of the papers; there are {', '.join(_EXPERTS)}.")
     return estimate_cost(
-        ConvNetConfig(depth=depth, hidden_size=128, image_size=size),
-        (3, size, size),
-        num_classes,
+        *found,
         settings["images_per_class"],
         syn_steps=settings["syn_steps"],
         batch_syn=settings.get("batch_syn"),

@@ -16,7 +16,7 @@ from hf_effml.utils.sources.class_labels import check_same_classes
 from .protocols import EvaluationProtocol, get_protocol
 from .report import EvaluationReport, MeasuredAccuracy
 from .students import Student, student_by_name, student_name
-from .training import accuracy, train_student
+from .training import accuracy, keeps_statistics, train_student, with_statistics_of
 from .training_sets import TrainingSet, as_training_set, class_names, random_real_images
 
 
@@ -27,7 +27,12 @@ if TYPE_CHECKING:
 
 __all__ = ["cross_architecture", "evaluate_distilled"]
 
+logger = logging.get_logger(__name__)
+
 _ALL_OPERATIONS = AugmentationSettings().strategy
+
+
+_CALIBRATED = ("distilled", "random", "random_hard")
 
 
 def evaluate_distilled(
@@ -57,8 +62,9 @@ def evaluate_distilled(
     What is measured, each with fresh networks of every seed: the set with its own labels; its images with hard labels;
     as many random real images, drawn `draws` times, with labels of the same kind and with hard labels; the set and
     the random images once more without augmentation; the set before it was distilled and that of the last step, if
-    given; and all real images with hard labels. From those come the scores of DD-Ranking, see
-    [`~hf_effml.distillation.evaluation.ranking`].
+    given; and all real images with hard labels. Networks with batch normalisation, whose statistics of a few synthetic
+    images fit no real ones, are measured with those of the real training images as well. From those come the scores of
+    DD-Ranking, see [`~hf_effml.distillation.evaluation.ranking`].
 
     Only the accuracy at the end of training counts, on `test` as given. To choose between sets, give images that were
     cut from the training data and name them with `split="validation"`.
@@ -114,7 +120,7 @@ def evaluate_distilled(
     test, real = _with_own_classes(dataset if isinstance(dataset, list) else [dataset], test, real, bank)
     compared = {key: as_training_set(one) for key, one in (("initial", initial), ("last", last)) if one is not None}
     sets = [as_training_set(one, learning_rate) for one in (dataset if isinstance(dataset, list) else [dataset])]
-    plan = _Plan(get_protocol(protocol), seeds, sets, _device(device))
+    plan = _Plan(get_protocol(protocol), seeds, sets, _device(device), real)
     _check(plan, compared, test, real, draws, full_accuracy)
     if baselines:
         plan.add_baselines(compared, real, bank, draws, full_epochs if full_accuracy is None else 0)
@@ -160,10 +166,15 @@ class _Plan:
     """All trainings of an evaluation: name of the row, what is trained on, how, and with which seed."""
 
     def __init__(
-        self, protocol: EvaluationProtocol, seeds: Sequence[int], sets: Sequence[TrainingSet], device: torch.device
+        self,
+        protocol: EvaluationProtocol,
+        seeds: Sequence[int],
+        sets: Sequence[TrainingSet],
+        device: torch.device,
+        real: "RealImages | None",
     ):
         self.started = time.perf_counter()
-        self.protocol, self.seeds, self.sets, self.device = protocol, seeds, sets, device
+        self.protocol, self.seeds, self.sets, self.device, self.real = protocol, seeds, sets, device, real
         self.trainings: list[tuple[str, TrainingSet, EvaluationProtocol, int]] = []
         self.draws, self.notes = 0, list[str]()
         self.add("distilled", sets)
@@ -237,6 +248,8 @@ class _Plan:
         for key, one, how, seed in logging.tqdm(self.trainings, desc="trainings", leave=False, disable=disable_tqdm):
             network = train_student(one, student, how, seed, self.device, teacher, disable_tqdm)
             known.setdefault(key, []).append(accuracy(network, test))
+            if key in _CALIBRATED and keeps_statistics(network):
+                self._calibrate(known, key, network, test, name or student_name(student))
         return EvaluationReport(
             student=name or student_name(student),
             protocol=self.protocol.for_set(self.sets[0]),
@@ -252,6 +265,21 @@ class _Plan:
             notes=tuple(self.notes),
             seconds=time.perf_counter() - self.started,
         )
+
+    def _calibrate(
+        self, known: dict[str, list[float]], key: str, network: nn.Module, test: "RealImages", name: str
+    ) -> None:
+        """Says what batch normalisation means for a few images, and measures what else it could be."""
+        count = len(self.sets[0].images)
+        remark = f"{name} has batch normalisation, whose statistics of {count} images fit real ones badly"
+        if self.real is None:
+            remark += ": its accuracy says little about the set. Give real training images, or take another network."
+        else:
+            known.setdefault(f"{key}_calibrated", []).append(accuracy(with_statistics_of(self.real, network), test))
+            remark += "; with those of real training images, taken without their labels, it is calibrated."
+        if remark not in self.notes:
+            self.notes.append(remark)
+            logger.warning(remark)
 
 
 def _random_set(real: "RealImages", like: TrainingSet, draw: int) -> TrainingSet:

@@ -87,8 +87,8 @@ class EvaluationReport:
             `"distilled"` is the result; `"distilled_hard"` its images with hard labels; `"random"` random real images
             under the same protocol and `"random_hard"` with hard labels; `"distilled_switched"` and
             `"random_switched"` without augmentation, or with it where the protocol has none; `"initial"` the set
-            before it was distilled and `"last"` that of the last step; `"full"` all real images. Only those that were
-            measured are there.
+            before it was distilled and `"last"` that of the last step; `"full"` all real images; and what ends in
+            `"_calibrated"` with batch statistics of real images. Only those that were measured are there.
         notes (`tuple[str, ...]`, *optional*, defaults to `()`):
             What could not be measured, and why.
         seconds (`float`, *optional*, defaults to 0.0):
@@ -218,6 +218,9 @@ class EvaluationReport:
             "initial": f"initial images, {own}",
             "last": f"images of the last step, {own}",
             "full": "all real images, hard labels",
+            "distilled_calibrated": f"distilled images, {own}, statistics of real images",
+            "random_calibrated": f"random real images, {own}, statistics of real images",
+            "random_hard_calibrated": "random real images, hard labels, statistics of real images",
         }
         return {name: self.accuracies[key] for key, name in names.items() if key in self.accuracies}
 
@@ -230,6 +233,9 @@ _COMPARED = {
     "initial": Column("initial", ".1%"),
     "last": Column("last step", ".1%"),
     "full": Column("all real", ".1%"),
+    "distilled_calibrated": Column("distilled, calibrated", ".1%"),
+    "random_calibrated": Column("random real, calibrated", ".1%"),
+    "random_hard_calibrated": Column("random real, hard labels, calibrated", ".1%"),
     **{score: Column(score, ".3f") for score in ("HLR", "IOR", "LRS", "ARS")},
 }
 _EXPLAINED = (

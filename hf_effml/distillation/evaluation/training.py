@@ -1,5 +1,6 @@
 """Training a network on a small set of images by a protocol, and measuring it."""
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers.utils import logging
 
 from hf_effml.distillation.differentiable_augmentation import AugmentationSettings, augment, draw_augmentation
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
     from hf_effml.distillation.real_images import RealImages
 
 
-__all__ = ["accuracy", "train_student"]
+__all__ = ["accuracy", "keeps_statistics", "train_student", "with_statistics_of"]
 
 logger = logging.get_logger(__name__)
 
@@ -129,6 +131,50 @@ def accuracy(model: nn.Module, images: "RealImages", batch_size: int = 512) -> f
             right += (logits_of(model(pixels.to(device))).argmax(-1) == labels.to(device)).sum()
     model.train(mode)
     return int(right) / len(images.labels)
+
+
+def keeps_statistics(model: nn.Module) -> bool:
+    """Says whether a network classifies by statistics of the images that it was trained on.
+
+    Args:
+        model (`nn.Module`):
+            The network.
+
+    Returns:
+        `bool`: whether it has batch normalisation with running statistics.
+    """
+    return any(isinstance(layer, _BatchNorm) and layer.track_running_stats for layer in model.modules())
+
+
+def with_statistics_of(images: "RealImages", model: nn.Module, batch_size: int = 512) -> nn.Module:
+    """Takes the statistics of batch normalisation anew; weights stay, and labels are not looked at.
+
+    Those of a few synthetic images, on which a network was trained, are not those of real ones.
+
+    Args:
+        images ([`RealImages`]):
+            Images like those to be classified.
+        model (`nn.Module`):
+            The network; it stays as it is.
+        batch_size (`int`, *optional*, defaults to 512):
+            Images at a time; statistics are averaged over the batches.
+
+    Returns:
+        `nn.Module`: a copy in evaluation mode.
+    """
+    model = copy.deepcopy(model).train()
+    for layer in model.modules():
+        if isinstance(layer, _BatchNorm):
+            layer.reset_running_stats()
+            # A plain average.
+            layer.momentum = None
+        elif isinstance(layer, nn.Dropout):
+            layer.eval()
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        for pixels in images.images.split(batch_size):
+            model(pixels.to(device))
+    return model.eval()
 
 
 class _Training:

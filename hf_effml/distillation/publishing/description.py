@@ -185,14 +185,14 @@ _FORMS: dict[str, Form] = {
         lambda value: is_mapping(value) and all(map(is_text, value.values())),
     ),
     "format_version": ("a number", is_count),
+    "image_shape": ("channels, height and width", lambda value: is_list(value, is_count, 3)),
+    "images": ("a positive number", is_count),
     "images_per_class": ("a positive number", is_count),
     "learning_rate": ("a positive number", lambda value: is_number(value) and value > 0),
     "protocol": ("a protocol with its `augmentation`", _is_protocol),
+    "value_range": ("two numbers", lambda value: is_list(value, is_number, 2)),
 }
 _OPTIONAL_FORMS: dict[str, Form] = {
-    "image_shape": ("channels, height and width", optional(lambda value: is_list(value, is_count, 3))),
-    "images": ("a number", optional(is_count)),
-    "value_range": ("two numbers", optional(lambda value: is_list(value, is_number, 2))),
     "results": ("a list of reports", optional(lambda value: is_list(value, _is_report))),
     **{name: ("a text", optional(is_text)) for name in ("bank", "method", "preprocessing", "student_name")},
     **{

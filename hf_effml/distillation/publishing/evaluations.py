@@ -16,6 +16,9 @@ _COLUMNS = {
     "initial": "before distillation",
     "last": "last step",
     "full": "all real, hard labels",
+    "distilled_calibrated": "this set, calibrated",
+    "random_calibrated": "random real, calibrated",
+    "random_hard_calibrated": "random real, hard labels, calibrated",
 }
 _SCORES = ("HLR", "IOR", "LRS", "ARS")
 
