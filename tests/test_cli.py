@@ -247,6 +247,9 @@ def test_values_are_typed_by_their_fields(config):
     assert arguments.lr_scheduler_kwargs == {"min_lr": 1e-6}
     assert arguments.save_strategy == "no" and arguments.report_to == []
     assert options.sizes == [] and options.shuffle is False
+    for given, expected in (("[]", []), ("[tensorboard, wandb]", ["tensorboard", "wandb"]), ("wandb", ["wandb"])):
+        _, arguments = _parse("a", *config(f"report_to: {given}"), types=(Options, EffMLTrainingArguments))
+        assert arguments.report_to == expected
 
 
 @pytest.mark.parametrize(

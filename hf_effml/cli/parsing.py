@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable
 from contextlib import nullcontext, redirect_stdout
 from difflib import get_close_matches
 from pathlib import Path
-from types import NoneType
-from typing import Any, NoReturn, get_args, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from .commands import command_line_of
 from .errors import INTERRUPTED, exit_code, explain, explain_interruption
@@ -59,7 +59,7 @@ def parse_arguments(
         `tuple`: one instance per dataclass, in order.
     """
     prog = command_line_of(program)
-    optional = _optional_fields(dataclass_types)
+    kinds = _kinds_of_fields(dataclass_types)
     parser = _dataclass_parser(dataclass_types, prog)
     common, arguments = _common_parser(prog).parse_known_args(sys.argv[1:] if argv is None else argv)
     recipes = read_recipes(program)
@@ -68,7 +68,7 @@ def parse_arguments(
         raise SystemExit(0)
     fields = {field.name: field for cls in dataclass_types for field in dataclasses.fields(cls) if field.init}
     files = _settings_of(common, program, recipes, prog)
-    values = _convert(parser, fields, optional, files, arguments)
+    values = _convert(parser, fields, kinds, files, arguments)
     return tuple(cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.init}) for cls in dataclass_types)
 
 
@@ -181,7 +181,7 @@ def _settings_of(
 def _convert(
     parser: argparse.ArgumentParser,
     fields: dict[str, dataclasses.Field],
-    optional: set[str],
+    kinds: dict[str, tuple[Any, ...]],
     files: list[tuple[Path, dict[str, Any]]],
     arguments: list[str],
 ) -> dict[str, Any]:
@@ -194,10 +194,10 @@ def _convert(
             if key not in fields:
                 raise UsageError(f"`{key}` in `{path.name}` is no option{did_you_mean(key, fields)}", parser.prog)
             try:
-                check_type(key, value, actions[key], key in optional)
+                check_type(key, value, actions[key], kinds[key])
                 if key in positional:
                     parser.set_defaults(**{key: str(value)})
-                elif value is None or value == []:
+                elif value is None or value == [] or (isinstance(value, list) and actions[key].nargs is None):
                     setattr(namespace, key, value)
                 else:
                     parser.parse_args(as_options(key, value), namespace)
@@ -229,13 +229,16 @@ def _refuse_unknown(words: list[str], options: list[str], prog: str) -> None:
         raise UsageError(f"`{name}` is no option{did_you_mean(name, known)}", prog)
 
 
-def _optional_fields(dataclass_types: tuple[type, ...]) -> set[str]:
-    """Names of the fields that may be `None`. To be asked before the parser is made, which changes types of fields."""
-    found = set()
+def _kinds_of_fields(dataclass_types: tuple[type, ...]) -> dict[str, tuple[Any, ...]]:
+    """What each field may be. To be asked before the parser is made, which changes the types of fields."""
+    kinds = {}
     for cls in dataclass_types:
         hints = get_type_hints(cls)
-        found |= {f.name for f in dataclasses.fields(cls) if f.default is None or NoneType in get_args(hints[f.name])}
-    return found
+        for field in dataclasses.fields(cls):
+            union = get_origin(hints[field.name]) in (Union, UnionType)
+            found = get_args(hints[field.name]) if union else (hints[field.name],)
+            kinds[field.name] = (*found, NoneType) if field.default is None else found
+    return kinds
 
 
 def _report(error: Exception, argv: list[str]) -> None:

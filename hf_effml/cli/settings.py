@@ -4,10 +4,11 @@ import argparse
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_origin
 
 
 __all__ = ["as_options", "check_finite", "check_least", "check_type", "read_settings", "read_yaml"]
@@ -140,7 +141,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     return {str(key): value for key, value in settings.items()}
 
 
-def check_type(name: str, value: Any, action: argparse.Action, optional: bool) -> None:
+def check_type(name: str, value: Any, action: argparse.Action, kinds: Sequence[Any]) -> None:
     """Refuses a value that would become something else on its way to a field.
 
     Args:
@@ -150,15 +151,15 @@ def check_type(name: str, value: Any, action: argparse.Action, optional: bool) -
             As it stands in the file.
         action (`argparse.Action`):
             The field's option.
-        optional (`bool`):
-            Whether the field may be `None`.
+        kinds (`Sequence[type]`):
+            What the field may be.
 
     Raises:
         ValueError: If it would.
     """
-    takes_many = action.nargs in ("+", "*")
+    takes_many = action.nargs in ("+", "*") or any(get_origin(kind) is list for kind in kinds)
     items = value if isinstance(value, list) else [value]
-    if value is None and not optional:
+    if value is None and NoneType not in kinds:
         raise ValueError("it is empty, and must have a value. Write one, or leave the line out.")
     if isinstance(value, list) and not takes_many:
         raise ValueError(f"it is a list, and must be one value; got {value}.")

@@ -33,7 +33,7 @@ def number_classes(name: str, splits: Mapping[str, Any], column: str, used: Sequ
     """Numbers the classes of all splits at once.
 
     Whole numbers stay what they are where they are 0 to n - 1, and otherwise keep their order; `False` is 0 and `True`
-    is 1; texts are sorted.
+    is 1; texts are sorted, as numbers if all of them are some.
 
     Args:
         name (`str`):
@@ -62,7 +62,9 @@ def number_classes(name: str, splits: Mapping[str, Any], column: str, used: Sequ
     else:
         negative = kind == "int"
         found = {each for rows in values.values() for each in rows if each is not None}
-        order = sorted(each for each in found if not negative or each >= 0)
+        # Texts such as "10" are numbers that somebody has saved as texts.
+        as_number = kind != "int" and all(re.fullmatch("0|[1-9][0-9]*", str(each)) for each in found)
+        order = sorted((each for each in found if not negative or each >= 0), key=int if as_number else None)
         names = [str(each) for each in order]
     numbers = {each: number for number, each in enumerate(order)}
     for split in used:
