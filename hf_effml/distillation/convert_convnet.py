@@ -3,13 +3,12 @@
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, Literal
 
-import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers.utils import logging
+
+from hf_effml.utils.model_kinds import load_weights, state_dict_of
 
 from .configuration_convnet import ConvNetConfig
 from .modeling_convnet import ConvNetForImageClassification
@@ -93,23 +92,11 @@ def to_official(model: ConvNetForImageClassification) -> dict[str, Tensor]:
 
 
 def _read(source: str | Path | Mapping[str, Tensor]) -> dict[str, Tensor]:
-    if isinstance(source, Mapping):
-        state: Any = source
-    elif not Path(source).is_file():
-        raise FileNotFoundError(f"There is no file {source}. Pass the path of saved weights, or a state dict.")
-    elif Path(source).suffix == ".safetensors":
-        state = load_file(source)
-    else:
-        try:
-            state = torch.load(source, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, ValueError, EOFError, UnpicklingError) as error:
-            raise ValueError(
-                f"{source} cannot be read safely as weights ({type(error).__name__}). Save its state dict alone, as "
-                "safetensors, and convert that."
-            ) from error
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{source if isinstance(source, (str, Path)) else 'This'} is no state dict of tensors.")
-    return {name.removeprefix("module."): value for name, value in state.items()}
+    what = f"`{source}`" if isinstance(source, (str, Path)) else "This"
+    state = state_dict_of(source if isinstance(source, Mapping) else load_weights(source), what)
+    if not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{what} is no state dict of tensors.")
+    return state
 
 
 def _detect(

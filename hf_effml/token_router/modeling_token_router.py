@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -204,7 +205,8 @@ class TokenRouterModel(PreTrainedModel):
             [`TokenRouterModel`]: in evaluation mode.
 
         Raises:
-            ValueError: If the router names no base model, or has another number of blocks than the one given.
+            ValueError: If the router names no base model, has another number of blocks than the one given, or weights
+                are missing, not finite or of another shape.
 
         Example:
 
@@ -226,7 +228,7 @@ class TokenRouterModel(PreTrainedModel):
         path = Path(router) / _WEIGHTS_NAME
         if not Path(router).is_dir():
             path = Path(hf_hub_download(str(router), _WEIGHTS_NAME, revision=revision, **hub))
-        weights = load_file(path)
+        weights = _read_router(path, config)
         if base is None:
             base = config.base_model_name_or_path
         if base is None:
@@ -254,3 +256,24 @@ class TokenRouterModel(PreTrainedModel):
             TypeError: If the family has no such class.
         """
         return make_full_checkpoint(self.model)
+
+
+def _read_router(path: Path, config: TokenRouterConfig) -> dict[str, Tensor]:
+    """The weights of a router, all of them and no others."""
+    try:
+        weights = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"`{path}` is no file of weights: {error}. Get it again, or save the router anew.") from error
+    width = config.router_hidden_size
+    wanted = {"fc1.weight": (width, 4), "fc1.bias": (width,), "fc2.weight": (2, width), "fc2.bias": (2,)}
+    found = {name: tuple(value.shape) for name, value in weights.items()}
+    if found != wanted:
+        name = next(name for name in sorted(wanted | found) if wanted.get(name) != found.get(name))
+        raise ValueError(
+            f"`{path}` holds no router of `router_hidden_size` {width}: `{name}` is "
+            f"{found.get(name, 'missing')} and should be {wanted.get(name, 'absent')}. Save the router again."
+        )
+    wrong = [name for name, value in weights.items() if not value.float().isfinite().all()]
+    if wrong:
+        raise ValueError(f"`{path}` holds values in `{wrong[0]}` that are not finite. Train the router again.")
+    return weights

@@ -298,6 +298,11 @@ def _begin(
     """Reads off the inputs which columns are new and real."""
     inputs: Any = kwargs.get("inputs_embeds")
     inputs = kwargs.get("input_ids") if inputs is None else inputs
+    if inputs is None or inputs.dim() < 2 or 0 in inputs.shape[:2]:
+        raise ValueError(
+            "`input_ids` or `inputs_embeds` must hold at least one text of at least one token, (batch, tokens); got "
+            f"{None if inputs is None else tuple(inputs.shape)}. Nothing can be routed there."
+        )
     batch, tokens = inputs.shape[:2]
     cache, mask = kwargs.get(CACHE_ARGUMENT), kwargs.get("attention_mask")
     past = 0 if cache is None else cache.get_seq_length()

@@ -1,13 +1,23 @@
-"""Which kind of model a folder or a repository holds, and the one sentence about a folder of another kind."""
+"""What a folder of a model and a file of weights hold, and what is said if it is something else."""
 
-from collections.abc import Callable, Sequence
+import re
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
+import torch
+from safetensors.torch import load_file
 from transformers import PreTrainedConfig
 
 
-__all__ = ["check_model_type", "read_config_dict"]
+__all__ = ["check_model_type", "load_weights", "read_config_dict", "state_dict_of"]
+
+# What the names of all weights may begin with.
+_WRAPPERS = ("model.", "net.")
+_LFS_POINTER = b"version https://git-lfs"
+_WEB_PAGE = re.compile(rb"\s*<(!doctype|html|head|\?xml)", re.IGNORECASE)
 
 
 def check_model_type(name_or_path: str | Path, wanted: str | Sequence[str], **options: Any) -> str:
@@ -90,6 +100,89 @@ def read_config_dict(
             "folder or Hub id of one."
         )
     return values, unused
+
+
+def load_weights(path: str | Path, allowed: Sequence[type] = ()) -> Any:
+    """Reads a file of tensors without running code from it.
+
+    Args:
+        path (`str` or `Path`):
+            A safetensors file, or a pickle of torch, of which nothing but tensors, numbers and lists is read.
+        allowed (`Sequence[type]`, *optional*):
+            Further classes that a pickle may hold.
+
+    Returns:
+        `Any`: what it holds, on the CPU.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is the pointer to a file, a web page, damaged, or would run code.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file `{path}`. Download the weights first and pass their path.")
+    with path.open("rb") as file:
+        start = file.read(512)
+    if start.startswith(_LFS_POINTER):
+        raise ValueError(
+            f"`{path}` is the pointer that Git LFS keeps in place of a file, not the weights. Run `git lfs pull` in "
+            "its repository, or download the file itself."
+        )
+    if _WEB_PAGE.match(start):
+        raise ValueError(
+            f"`{path}` is a web page, not weights: the link that it was saved from leads to a page. Download the file "
+            "itself."
+        )
+    try:
+        if path.suffix == ".safetensors" or start[8:9] == b"{":
+            return load_file(path)
+        with torch.serialization.safe_globals(list(allowed)):
+            # Files of torch before 1.6 are no archives and cannot be mapped into memory.
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except UnpicklingError as error:
+        raise ValueError(
+            f"`{path}` holds more than tensors and lists, which could run code when it is opened, or is damaged. It "
+            "cannot be read safely and was not opened. Get the file from its authors again, or ask them for plain "
+            "tensors, best as safetensors."
+        ) from error
+    except Exception as error:  # a damaged file may fail in any way
+        reason = str(error).partition("\n")[0] or "it ends too early"
+        raise ValueError(f"`{path}` is damaged, or no file of torch: {reason}. Get it again.") from error
+
+
+def state_dict_of(content: Any, source: Any, levels: Sequence[str] = ("state_dict",)) -> dict[str, Any]:
+    """Finds the weights in what a training program saved.
+
+    Args:
+        content (`Any`):
+            A state dict, or a dictionary that holds one.
+        source (`str` or `Path`):
+            Where it is from, for messages.
+        levels (`Sequence[str]`, *optional*, defaults to `("state_dict",)`):
+            Keys that a state dict may lie under, Lightning's by default.
+
+    Returns:
+        `dict[str, Any]`: the state dict, without the `module.` and `model.` of wrappers.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    for level in levels:
+        if isinstance(content, Mapping) and isinstance(content.get(level), Mapping):
+            content = content[level]
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{source} is no state dict of tensors; it holds a {type(content).__name__}.")
+    wrong = next((name for name in content if not isinstance(name, str)), None)
+    if wrong is not None:
+        raise ValueError(
+            f"{source} is no state dict: the names of weights are text, one of its keys is {wrong!r}. It may be the "
+            "state of an optimizer; pass the `state_dict()` of the model."
+        )
+    state = {name.removeprefix("module."): value for name, value in content.items()}
+    for prefix in _WRAPPERS:
+        if state and all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): value for name, value in state.items()}
+    return state
 
 
 def _listed(kinds: str | Sequence[str]) -> str:

@@ -3,13 +3,12 @@
 import argparse
 import math
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.utils import logging
+
+from hf_effml.utils.model_kinds import load_weights, state_dict_of
 
 from .configuration_dyvm import DyVMConfig
 from .configuration_vim import VimConfig
@@ -82,29 +81,13 @@ def read_official_checkpoint(source: str | Path, use_ema: bool = False) -> dict[
         FileNotFoundError: If there is no such file.
         ValueError: If the file is no checkpoint, would run code, or holds no moving average that was asked for.
     """
-    source = Path(source)
-    if not source.is_file():
-        raise FileNotFoundError(f"There is no checkpoint file {source}. Download it first and pass its path.")
-    if source.suffix == ".safetensors":
-        checkpoint: Any = load_file(source)
-    else:
-        try:
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                checkpoint = torch.load(source, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, ValueError, EOFError, UnpicklingError) as error:
-            raise ValueError(
-                f"{source} cannot be read safely as a checkpoint ({type(error).__name__}). Only tensors and "
-                "argparse.Namespace are allowed; save the bare state dict as safetensors and convert that."
-            ) from error
-    if not isinstance(checkpoint, dict):
-        raise ValueError(f"{source} holds a {type(checkpoint).__name__}, not a state dict.")
+    checkpoint = load_weights(source, [argparse.Namespace])
     key = "model_ema" if use_ema else "model"
-    if use_ema and not isinstance(checkpoint.get(key), dict):
-        raise ValueError(
-            f"{source} holds no `model_ema`; leave out use_ema. It has: {', '.join(map(str, checkpoint))[:200]}."
-        )
-    state = checkpoint[key] if isinstance(checkpoint.get(key), dict) else checkpoint
-    return {name.removeprefix("module."): value for name, value in state.items() if isinstance(value, Tensor)}
+    if use_ema and not (isinstance(checkpoint, dict) and isinstance(checkpoint.get(key), dict)):
+        has = ", ".join(map(str, checkpoint))[:200] if isinstance(checkpoint, dict) else type(checkpoint).__name__
+        raise ValueError(f"{source} holds no `model_ema`; leave out use_ema. It has: {has}.")
+    state = state_dict_of(checkpoint, source, (key, "state_dict"))
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 
 def detect_vim_config(state: dict[str, Tensor], image_size: int = 224, **overrides: Any) -> VimConfig:

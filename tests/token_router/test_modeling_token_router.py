@@ -139,10 +139,25 @@ def test_incomplete_files_are_refused(folders):
     """A router with some of its weights left as they were would decide something else."""
     _, router, _ = folders
     weights = load_file(router / "model.safetensors")
-    del weights["fc2.bias"]
-    save_file(weights, router / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(RuntimeError, match="Missing key"):
+    bias = weights.pop("fc2.bias")
+    for changed, said in (
+        ({}, r"`fc2.bias` is missing and should be \(2,\)"),
+        ({"fc2.bias": bias[:1]}, r"`fc2.bias` is \(1,\) and should be \(2,\)"),
+        ({"fc2.bias": bias, "fc3.bias": bias.clone()}, r"`fc3.bias` is \(2,\) and should be absent"),
+        ({"fc2.bias": bias * torch.nan}, "values in `fc2.bias` that are not finite"),
+    ):
+        save_file(weights | changed, router / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=said):
+            TokenRouterModel.from_pretrained(router)
+    (router / "model.safetensors").write_bytes(b"\xff" * 99)
+    with pytest.raises(ValueError, match="is no file of weights"):
         TokenRouterModel.from_pretrained(router)
+
+
+def test_a_batch_of_nothing_is_named():
+    for shape in ((0, 20), (2, 0), (20,)):
+        with pytest.raises(ValueError, match=r"at least one text of at least one token, \(batch, tokens\); got"):
+            wrapped().decoder(torch.zeros(shape, dtype=torch.long))
 
 
 def test_parts():

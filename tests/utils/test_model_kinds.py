@@ -3,10 +3,14 @@
 import json
 
 import pytest
+import torch
 
 import hf_effml
 from helpers import tiny_language_model, tiny_vim_config
+from hf_effml.distillation.bank.convert import import_distilled_tensors
+from hf_effml.distillation.convert_convnet import convert_convnet_checkpoint, to_official
 from hf_effml.utils.model_kinds import check_model_type
+from hf_effml.vim.convert_vim import read_official_checkpoint
 
 
 CLASSES = [
@@ -57,3 +61,43 @@ def test_a_family_reads_each_other(folders):
     assert hf_effml.DyVMConfig.from_pretrained(folders / "vim").model_type == "dyvm"
     assert hf_effml.RMeeToVimConfig.from_pretrained(folders / "vim").model_type == "rmeeto_vim"
     assert hf_effml.TokenRouterLlamaConfig.from_pretrained(folders / "llama").model_type == "token_router_llama"
+
+
+# Files of weights
+
+READERS = [convert_convnet_checkpoint, read_official_checkpoint, lambda path: import_distilled_tensors(path, path)]
+every_reader = pytest.mark.parametrize("read", READERS, ids=["convnet", "vim", "images"])
+
+
+@every_reader
+@pytest.mark.parametrize("name", ["x.pth", "x.safetensors"])
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "the pointer that Git LFS keeps"),
+        (b"\n<!DOCTYPE html><html><head>", "is a web page, not weights"),
+        (b"<HTML>", "is a web page, not weights"),
+        (b"", "is damaged, or no file of torch"),
+        (b"\x99" * 2000, "is damaged, or no file of torch|holds more than tensors"),
+    ],
+)
+def test_what_is_no_file_of_weights(read, name, content, said, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=said):
+        read(tmp_path / name)
+
+
+@pytest.mark.parametrize("read", READERS[:2], ids=["convnet", "vim"])
+def test_keys_that_are_numbers(read, tmp_path):
+    torch.save({"state_dict": {0: torch.zeros(1)}}, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match="no state dict: the names of weights are text, one of its keys is 0"):
+        read(tmp_path / "x.pth")
+
+
+def test_a_checkpoint_of_lightning(tmp_path):
+    weights = to_official(hf_effml.ConvNetForImageClassification(hf_effml.ConvNetConfig(hidden_size=4)))
+    lightning = {"epoch": 3, "state_dict": {f"model.{name}": value for name, value in weights.items()}}
+    torch.save(lightning, tmp_path / "x.ckpt")
+    again = to_official(convert_convnet_checkpoint(tmp_path / "x.ckpt"))
+    assert all(torch.equal(again[name], value) for name, value in weights.items())
+    assert read_official_checkpoint(tmp_path / "x.ckpt").keys() == weights.keys()

@@ -97,7 +97,7 @@ def test_untrusted_files_are_refused(content, tmp_path, capsys):
 
 
 def test_bad_sources_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no checkpoint file .*absent\.pth"):
+    with pytest.raises(FileNotFoundError, match=r"There is no file .*absent\.pth"):
         read_official_checkpoint(tmp_path / "absent.pth")
     with pytest.raises(ValueError, match=r"missing: .*A_log"):
         detect_vim_config({"cls_token": torch.zeros(1)})

@@ -1,8 +1,6 @@
 """Banks and distilled images in the files of the original programs: read without unpickling objects, and written."""
 
-import pickle
 import re
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +14,7 @@ from transformers.utils import logging
 from hf_effml.distillation.flat_student import FlatStudent, build_student, student_config
 from hf_effml.distillation.real_images import RealImageData
 from hf_effml.utils.files import replacing_file
+from hf_effml.utils.model_kinds import load_weights
 
 from .experts import describe_data, trainable_config
 from .files import write_bank, write_expert
@@ -230,7 +229,7 @@ def _kept(snapshots: list[Any], epochs: Sequence[int] | None, before: list[int] 
 
 
 def _experts(path: Path) -> Iterator[list[list[Tensor]]]:
-    content = _load(path)
+    content = load_weights(path)
     if not _is_nested(content, depth=3):
         raise ValueError(
             f"`{path}` must hold a list of experts, each a list of epochs, each a list of tensors. It is no buffer of "
@@ -264,24 +263,7 @@ def _flat(tensors: list[Tensor], student: FlatStudent, path: Path) -> Tensor:
 
 
 def _tensor(path: str | Path) -> Tensor:
-    content = _load(path)
+    content = load_weights(path)
     if not isinstance(content, Tensor | float | int):
         raise ValueError(f"`{path}` must hold a tensor; got a {type(content).__name__}.")
     return torch.as_tensor(content).detach()
-
-
-def _load(path: str | Path) -> Any:
-    """Tensors, numbers and lists of a pickle."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"There is no file `{path}`.")
-    try:
-        # Files of torch before 1.6 are no archives and cannot be mapped into memory.
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"`{path}` holds more than tensors and lists, which could run code when it is opened, or is damaged. It "
-            "was not opened. Get the file from its authors again, or ask them for plain tensors."
-        ) from error
-    except (EOFError, OSError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0] or "it ends too early"
-        raise ValueError(f"`{path}` is damaged, or no file of torch: {reason}. Get it again.") from error
