@@ -215,6 +215,7 @@ def test_the_package_runs_as_a_module():
         ("mode: null", "`mode` in `settings.yaml`: it is empty, and must have a value."),
         ("mode: [merge]", "`mode` in `settings.yaml`: it is a list, and must be one value"),
         ("sizes: [1, null]", "it must be a list of plain values"),
+        ('source: "\\0"', "must not hold the character NUL"),
         ("ratio: {a: 1}", "it is a mapping, and must be a plain value"),
         ("source: 1.10", "it is the number 1.1, and must be a text. Write it in quotes."),
         (_BILLION, "more than 100,000 values"),

@@ -18,7 +18,7 @@ from .commands import command_line_of
 from .errors import INTERRUPTED, exit_code, explain, explain_interruption
 from .help_text import COMMON_OPTIONS, program_help
 from .recipes import read_recipes, recipe_file
-from .settings import as_options, check_finite, check_type, read_settings
+from .settings import as_options, check_plain, check_type, read_settings
 
 
 class UsageError(ValueError):
@@ -214,7 +214,7 @@ def _convert(
         raise UsageError(f"`{'`, `'.join(missing)}` must be given.", parser.prog)
     for key in fields:
         try:
-            check_finite(key, values[key])
+            check_plain(key, values[key])
         except ValueError as error:
             raise UsageError(str(error), parser.prog) from error
     return values

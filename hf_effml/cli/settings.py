@@ -11,7 +11,7 @@ from types import NoneType
 from typing import Any, get_origin
 
 
-__all__ = ["as_options", "check_finite", "check_least", "check_type", "read_settings", "read_yaml"]
+__all__ = ["as_options", "check_least", "check_plain", "check_type", "read_settings", "read_yaml"]
 
 # Far above what any recipe needs; nine lines with aliases can stand for a billion values.
 _MOST_BYTES, _MOST_VALUES, _MOST_LEVELS = 2**20, 100_000, 40
@@ -169,11 +169,11 @@ def check_type(name: str, value: Any, action: argparse.Action, kinds: Sequence[A
         raise ValueError(f"it is a mapping, and must be a plain value; got {value}.")
     if action.type is str and any(isinstance(item, float) for item in items):
         raise ValueError(f"it is the number {value}, and must be a text. Write it in quotes.")
-    check_finite(name, value)
+    check_plain(name, value)
 
 
-def check_finite(name: str, value: Any) -> None:
-    """Refuses numbers that are none, also inside of lists and mappings.
+def check_plain(name: str, value: Any) -> None:
+    """Refuses numbers that are none and texts that no file can be called, also inside of lists and mappings.
 
     Args:
         name (`str`):
@@ -182,16 +182,18 @@ def check_finite(name: str, value: Any) -> None:
             The value.
 
     Raises:
-        ValueError: If it is, or holds, NaN or an infinite number.
+        ValueError: If it is, or holds, NaN, an infinite number or a text with a NUL.
     """
+    if isinstance(value, str) and "\0" in value:
+        raise ValueError(f"`{name}` must not hold the character NUL; got {value!r}.")
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"`{name}` must be a finite number; got {value}.")
     if isinstance(value, list | tuple):
         for item in value:
-            check_finite(name, item)
+            check_plain(name, item)
     if isinstance(value, dict):
         for key, item in value.items():
-            check_finite(f"{name}.{key}", item)
+            check_plain(f"{name}.{key}", item)
 
 
 def check_least(options: Any, **bounds: float) -> None:

@@ -65,7 +65,8 @@ def _stop(*_: Any) -> None:
 
 
 def _is_named(error: BaseException) -> bool:
-    if isinstance(error, StrictDataclassError):
+    # The command line says `FILE: No such file or directory`, with the option that the file was given to.
+    if isinstance(error, StrictDataclassError) or (isinstance(error, OSError) and error.filename):
         return True
     innermost = str(Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve())
     ours = innermost.startswith(OURS) or any(part in innermost for part in VALIDATION)
