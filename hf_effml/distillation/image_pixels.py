@@ -56,6 +56,8 @@ def images_to_pixels(
 
     ```
     """
+    if size is not None and min(size) < 1:
+        raise ValueError(f"`size` must be at least 1 pixel high and wide; got {tuple(size)}.")
     if isinstance(images, (Image.Image, str, Path, np.ndarray, Tensor)):
         return _to_pixels(images, num_channels, size, resize_mode)
     if not isinstance(images, Iterable) or isinstance(images, Mapping):
@@ -93,7 +95,14 @@ def _pillow_array(image: Image.Image, channels: int) -> np.ndarray:
 
 def _unit_range(image: Any) -> Tensor:
     """An array as float32 in [0, 1]."""
-    pixels = image if isinstance(image, Tensor) else torch.from_numpy(np.ascontiguousarray(image))
+    if not isinstance(image, Tensor):
+        image = np.ascontiguousarray(image)
+        if image.dtype.kind not in "biuf":
+            raise ValueError(f"An image must be an array of numbers; got one of {image.dtype}.")
+        image = torch.from_numpy(image)
+    pixels = image
+    if pixels.is_complex():
+        raise ValueError(f"An image must be an array of real numbers; got one of {pixels.dtype}.")
     if not pixels.numel():
         raise ValueError(f"An image of shape {tuple(pixels.shape)} has no pixels.")
     if pixels.dtype == torch.uint8:

@@ -43,6 +43,8 @@ class ImageSplit(Dataset):
             Seed of the augmentation.
         labels (`Sequence[str]`, *optional*):
             Names of the classes, in the order of their numbers. With them a model gets its own numbers.
+        name (`str`, *optional*, defaults to `"the data"`):
+            What to call the images in messages.
 
     Example:
 
@@ -66,8 +68,9 @@ class ImageSplit(Dataset):
         columns: tuple[str, str] = ("image", "label"),
         seed: int = 0,
         labels: Sequence[str] | None = None,
+        name: str = "the data",
     ):
-        self.rows = rows
+        self.rows, self._name = rows, name
         self.labels, self._numbers = labels, None if labels is None else list(range(len(labels)))
         self._processor, self._columns, self._seed = processor, columns, seed
         self._augment = None if augmentation is None else augmentation.transform(processor)
@@ -83,14 +86,12 @@ class ImageSplit(Dataset):
         plain._augment, plain._from_image = None, False
         return plain
 
-    def aligned_to(self, config: Any, name: str = "the data") -> "ImageSplit":
+    def aligned_to(self, config: Any) -> "ImageSplit":
         """The same images with the class numbers of a model, found by the names of the classes.
 
         Args:
             config (`PreTrainedConfig`):
                 The model's configuration.
-            name (`str`, *optional*, defaults to `"the data"`):
-                What to call the images in messages.
 
         Returns:
             [`ImageSplit`]: itself where the numbers are the model's, or names are not known.
@@ -100,7 +101,7 @@ class ImageSplit(Dataset):
         """
         if self.labels is None or self._numbers is None:
             return self
-        places = match_classes(name, self.labels, config)
+        places = match_classes(self._name, self.labels, config)
         if places == list(range(len(places))) and len(places) == len(known_classes(config)):
             return self
         aligned = copy.copy(self)
@@ -132,10 +133,22 @@ class ImageSplit(Dataset):
             image = self._augment(image, ((self._seed * 1_000_003 + int(self._epoch)) * 1_000_003 + index) % 2**63)
         return {"pixel_values": image, "labels": label if self._numbers is None else self._numbers[label]}
 
-    def _row(self, index: int) -> tuple[Image.Image, int]:
+    def _row(self, index: int) -> tuple[Any, int]:
         row = self.rows[index]
-        image = row[self._columns[0]]
-        return image_to_rgb(image) if isinstance(image, Image.Image) else image, int(row[self._columns[1]])
+        image, label = (row[column] for column in self._columns)
+        if not isinstance(image, Image.Image | np.ndarray | Tensor):
+            raise TypeError(
+                f"The image of row {index} must be a PIL image, an array or a tensor; it is a {type(image).__name__}. "
+                "`PIL.Image.open` reads a file."
+            )
+        if not hasattr(label, "__index__"):
+            raise TypeError(f"The label of row {index} must be a class number; it is {str(label)[:80]!r}.")
+        if self._numbers is not None and not 0 <= int(label) < len(self._numbers):
+            raise ValueError(
+                f"The label of row {index} must be in 0 to {len(self._numbers) - 1}, the classes of `labels`; it is "
+                f"{int(label)}."
+            )
+        return image_to_rgb(image) if isinstance(image, Image.Image) else image, int(label)
 
     def _pixels(self, index: int) -> tuple[Tensor, int]:
         """What the processor makes of an image, kept for the next epoch when the whole split fits into memory."""
@@ -189,7 +202,7 @@ class ImageData:
         Raises:
             ValueError: If the model does not know a class.
         """
-        train, test = (split.aligned_to(config, self.name) for split in (self.train, self.test))
+        train, test = (split.aligned_to(config) for split in (self.train, self.test))
         return replace(self, train=train, test=test, labels=list(train.labels or self.labels))
 
 
@@ -275,10 +288,11 @@ def load_image_data(
     else:
         splits = load_image_splits(name_or_path)
         train, test, labels, hub_id = splits.train, splits.test, splits.labels, splits.hub_id
+    name = Path(name_or_path).name if hub_id is None else hub_id
     return ImageData(
-        name=Path(name_or_path).name if hub_id is None else hub_id,
-        train=ImageSplit(train, processor, augmentation, seed=seed, labels=labels),
-        test=ImageSplit(test, processor, labels=labels),
+        name=name,
+        train=ImageSplit(train, processor, augmentation, seed=seed, labels=labels, name=name),
+        test=ImageSplit(test, processor, labels=labels, name=name),
         labels=labels,
         hub_id=hub_id,
     )

@@ -193,8 +193,9 @@ def make_windows(
     ```
     """
     start = 0 if tokenizer.bos_token_id is None else 1
-    if length <= start:
-        raise ValueError(f"`length` must be at least {start + 1}; got {length}.")
+    check_count("length", length, start + 1)
+    if limit is not None:
+        check_count("limit", limit, 1)
     longest = 0
 
     def cut() -> Iterator[list[int]]:
@@ -217,6 +218,24 @@ def make_windows(
             "windows or longer texts."
         )
     return torch.tensor(windows)
+
+
+def check_count(name: str, value: Any, least: int) -> None:
+    """Checks that an argument is a whole number that is large enough.
+
+    Args:
+        name (`str`):
+            Its name.
+        value (`Any`):
+            Its value.
+        least (`int`):
+            The smallest allowed.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"`{name}` must be a whole number and at least {least}; got {value!r}.")
 
 
 def load_multiple_choice(name_or_path: str, limit: int | None = None) -> list[MultipleChoiceItem]:
@@ -260,12 +279,14 @@ def load_multiple_choice(name_or_path: str, limit: int | None = None) -> list[Mu
     else:
         name = name_or_path.lower().replace("-", "_")
         rows, read = _load_task(name)
+    if limit is not None:
+        check_count("limit", limit, 1)
     write = _WRITERS.get(name, _write_question)
     items = []
     for number, row in enumerate(islice(rows, limit)):
         try:
             items.append(write(*read(row)))
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
             raise ValueError(
                 f"`{name_or_path}`, row {number}, is no question with choices and the number of the right one "
                 f"({error}). Leave it out, or take a split whose answers are known."
@@ -277,7 +298,10 @@ def load_multiple_choice(name_or_path: str, limit: int | None = None) -> list[Mu
 
 
 def _read_plain(row: dict[str, Any]) -> tuple[str, list[str], int]:
-    return row["question"], list(row["choices"]), int(row["label"])
+    label = row["label"]
+    if int(label) != float(label):
+        raise ValueError(f"`label` is {label}")
+    return row["question"], list(row["choices"]), int(label)
 
 
 def _read_hellaswag(row: dict[str, Any]) -> tuple[str, list[str], int]:
@@ -405,8 +429,7 @@ def _load_splits(name: str, path: Path | None, column: str) -> tuple[list[str], 
     elif path is not None:
         splits = read_text_folder(name, path, column)
     if splits is None:
-        hub_id, _, subset = name.partition(":") if path is None else (str(path), "", "")
-        tables = _from_hub(hub_id, subset or None)
+        tables = _from_hub(*name.partition(":")[::2]) if path is None else _other_files(name, path)
         present = _present(name, tables)
         need_columns(name, tables[present[0]].features, (column,))
         splits = {split: checked_texts(tables[split][column], f"`{name}`, row") for split in present}
@@ -426,9 +449,20 @@ def _present(name: str, splits: Iterable[str]) -> list[str]:
     return present[:2]
 
 
+def _other_files(name: str, folder: Path) -> Any:
+    """What `datasets` knows to read beside the usual files; it says by any kind of error that it cannot."""
+    try:
+        return require("datasets").load_dataset(str(folder))
+    except Exception as error:
+        raise ValueError(
+            f"`{name}` holds no texts that can be read: {str(error).splitlines()[0]} Put files into it that end in "
+            f"{', '.join(TEXT_FILES)}."
+        ) from error
+
+
 def _from_hub(hub_id: str, subset: str | None) -> Any:
     try:
-        return require("datasets").load_dataset(hub_id, subset)
+        return require("datasets").load_dataset(hub_id, subset or None)
     except OSError as error:
         raise FileNotFoundError(
             f"No data `{hub_id}`: it is no file or folder here, not below the folder that ${DATA_VARIABLE} names, and "

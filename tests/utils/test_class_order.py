@@ -14,7 +14,7 @@ from hf_effml.distillation.evaluation.measure import evaluate_distilled
 from hf_effml.distillation.evaluation.training_sets import as_training_set
 from hf_effml.distillation.publishing.origin import find_images
 from hf_effml.distillation.publishing.sets import DistilledSet
-from hf_effml.scripts import train_vim
+from hf_effml.scripts import evaluate_rmeeto, train_vim
 from hf_effml.utils.image_data import ImageSplit
 from hf_effml.utils.sources.class_labels import match_classes
 from hf_effml.vim.evaluation.measure import classify
@@ -44,22 +44,22 @@ def labelled():
         seen = model(torch.stack([plain[index]["pixel_values"] for index in range(24)])).logits.argmax(-1).tolist()
     assert len(set(seen)) > 1
 
-    def split(names=NAMES, seen=seen):
-        rows = [
-            {"image": image, "label": names.index(NAMES[label])} for image, label in zip(images, seen, strict=True)
-        ]
-        return ImageSplit(rows, PROCESSOR, labels=names)
+    def rows(names):
+        labels = [names.index(NAMES[label]) for label in seen]
+        return [{"image": image, "label": label} for image, label in zip(images, labels, strict=True)]
 
-    return model, split
+    def split(names=NAMES):
+        return ImageSplit(rows(names), PROCESSOR, labels=names)
 
+    def write(folder, names=NAMES, called=None):
+        datasets = require_package("datasets")
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=called or names)})
+        folder.mkdir()
+        for name in ("train", "test"):
+            datasets.Dataset.from_list(rows(names), features=features).to_parquet(folder / f"{name}.parquet")
+        return str(folder)
 
-def write(rows, folder):
-    datasets = require_package("datasets")
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(rows.labels))})
-    folder.mkdir()
-    for name in ("train", "test"):
-        datasets.Dataset.from_list(rows.rows, features=features).to_parquet(folder / f"{name}.parquet")
-    return str(folder)
+    return model, split, write
 
 
 def test_names_decide():
@@ -78,7 +78,7 @@ def test_names_decide():
 
 
 def test_evaluations_of_vims(labelled):
-    model, split = labelled
+    model, split, _ = labelled
     for names in (NAMES, NAMES[::-1], ["dog", "ant", "cat", "bee"]):
         assert classify(model, split(names))[0] == 1.0
         report = hf_effml.evaluate_vim({"vim": model}, split(names), rounds=1)
@@ -98,7 +98,7 @@ def test_evaluations_of_vims(labelled):
 
 
 def test_trainers_of_vims(labelled, tmp_path):
-    model, split = labelled
+    model, split, _ = labelled
     args = hf_effml.VimTrainingArguments(str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True)
     turned, data = split(NAMES[::-1]), {"train_dataset": split(NAMES[::-1]), "eval_dataset": split(NAMES[::-1])}
     trainer = hf_effml.VimTrainer(model, args, **data)
@@ -113,25 +113,35 @@ def test_trainers_of_vims(labelled, tmp_path):
         hf_effml.RMeeToTrainer(merged, args, train_dataset=split(), teacher=vim(NAMES[::-1]))
 
 
+def test_the_program_that_evaluates(labelled, tmp_path):
+    model, _, write = labelled
+    model.save_pretrained(tmp_path / "model")
+    PROCESSOR.save_pretrained(tmp_path / "model")
+    options = [str(tmp_path / "model"), "--rounds", "1", "--data"]
+    for number, names in enumerate((NAMES, NAMES[::-1])):
+        report = evaluate_rmeeto.main([*options, write(tmp_path / str(number), names)])
+        assert report["rows"][0]["accuracy"] == 1.0
+    with pytest.raises(ValueError, match="does not know `w`: .*other` has the classes `w`, .*; the model has `ant`"):
+        evaluate_rmeeto.main([*options, write(tmp_path / "other", NAMES, ["w", "x", "y", "z"])])
+
+
 def test_training_a_vim_further(labelled, tmp_path, capsys):
-    model, split = labelled
+    model, _, write = labelled
     model.save_pretrained(tmp_path / "model")
     PROCESSOR.save_pretrained(tmp_path / "model")
     options = ["--model_name_or_path", str(tmp_path / "model"), "--max_steps", "1", "--learning_rate", "1e-12"]
     options += ["--min_learning_rate", "0", "--report_to", "none", "--disable_tqdm", "true", "--use_cpu", "true"]
 
-    def train(rows, name):
-        data, out = write(rows, tmp_path / name), str(tmp_path / f"{name}-model")
+    def train(name, *names):
+        data, out = write(tmp_path / name, *names), str(tmp_path / f"{name}-model")
         found = train_vim.main([*options, "--data", data, "--output_dir", out])
         return found["accuracy"], hf_effml.VimForImageClassification.from_pretrained(out)
 
-    accuracy, further = train(split(NAMES[::-1]), "turned")
+    accuracy, further = train("turned", NAMES[::-1])
     assert accuracy == 1.0 and [*further.config.id2label.values()] == NAMES
-    other = split()
-    other.labels = ["w", "x", "y", "z"]
-    accuracy, further = train(other, "other")
+    accuracy, further = train("other", NAMES, ["w", "x", "y", "z"])
     assert "knows other classes than other: its head starts anew" in capsys.readouterr().out
-    assert accuracy < 1 and [*further.config.id2label.values()] == other.labels
+    assert accuracy < 1 and [*further.config.id2label.values()] == ["w", "x", "y", "z"]
     assert torch.equal(further.vim.layers[0].mixer.D, model.vim.layers[0].mixer.D)
     assert not torch.allclose(further.classifier.weight, model.classifier.weight, atol=1e-3)
 

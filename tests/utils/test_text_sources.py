@@ -50,7 +50,7 @@ def test_folders(tmp_path):
         ("a.jsonl", lines("a") + "{'text': 1}\n", r"a.jsonl`, line 2, is no JSON \(Expecting property name"),
         ("a.jsonl", lines("a") + '["b"]\n', r"line 2, must be an object with a field `text`; it has \[\"b\"\]"),
         ("a.jsonl", lines(*"abcde", field="story"), "line 1, must be .* `text`; it has the fields `story`, `other`"),
-        ("a.jsonl", lines("a", 7), "line 2, must be a text; it is a int"),
+        ("a.jsonl", lines("a", 7), "line 2, must be a text; it is of type int"),
         ("a.jsonl", '{"text": "\\ud800"}\n', "line 1, holds half a character"),
         ("a.jsonl", "[" * 100_000, "line 1, is no JSON"),
         ("a.json", '[{"text": "a"},\n {"text": }]', "a.json`, line 2, is no JSON"),
@@ -72,7 +72,7 @@ def test_tables_without_texts(tmp_path):
     datasets.Dataset.from_dict({"text": ["a", None, "b", "c", "d", "e"]}).to_parquet(tmp_path / "gaps.parquet")
     assert load_text(str(tmp_path / "gaps.parquet")).train == ["a", "b", "c", "e"]
     datasets.Dataset.from_dict({"text": [1, 2]}).to_parquet(tmp_path / "numbers.parquet")
-    with pytest.raises(ValueError, match="numbers.parquet`, row 0, must be a text; it is a int"):
+    with pytest.raises(ValueError, match="numbers.parquet`, row 0, must be a text; it is of type int"):
         load_text(str(tmp_path / "numbers.parquet"))
 
 

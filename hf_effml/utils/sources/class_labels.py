@@ -190,5 +190,5 @@ def _check(name: str, split: str, values: Sequence[Any], numbers: Mapping[Any, i
 
 
 def _listed(names: Sequence[str]) -> str:
-    shown = ", ".join(f"`{each[:40]}`" for each in names[:_SHOWN])
+    shown = ", ".join(f"`{each[:40]}`" for each in names[:_SHOWN]) or "none"
     return shown + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")

@@ -153,7 +153,7 @@ def _load(name: str, kind: str, placed: Mapping[str, list[Path]] | None = None) 
         return require("datasets").load_dataset(kind, **({"data_files": files} if files else {}))
     except Exception as error:
         raise ValueError(
-            f"`{name}` cannot be read as a data set of images: {_first_line(error.__cause__ or error)}"
+            f"`{name}` cannot be read as a data set of images: {_first_line(error.__cause__ or error)}."
         ) from error
 
 
@@ -198,15 +198,18 @@ def _lists_files(folder: Path) -> bool:
 
 
 def _check_same_classes(name: str, placed: Mapping[str, list[Path]]) -> None:
-    """Numbers mean what the first file says; another must not say otherwise."""
+    """Numbers mean what the first file says; another must not say otherwise, nor be empty."""
     datasets, parquet = require("datasets"), import_module("pyarrow.parquet")
     seen: dict[str, tuple[Path, list[str] | None]] = {}
     for file in (file for files in placed.values() for file in files):
         try:
-            features = datasets.Features.from_arrow_schema(parquet.read_schema(file))
+            opened = parquet.ParquetFile(file)
+            features = datasets.Features.from_arrow_schema(opened.schema_arrow)
         # What pyarrow and `datasets` raise has no common kind.
         except Exception as error:
             raise ValueError(f"`{file}` cannot be read as a table: {_first_line(error)}. Replace it.") from error
+        if not opened.metadata.num_rows:
+            raise ValueError(f"`{file}` holds no row. Replace or remove it.")
         for column in _LABEL_COLUMNS:
             names = getattr(features.get(column), "names", None)
             first, known = seen.setdefault(column, (file, names))
@@ -258,4 +261,4 @@ def _commit(rows: Any) -> str | None:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")

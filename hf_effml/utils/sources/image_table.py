@@ -116,7 +116,7 @@ class ImageTable:
             path = (raw[self._column] or {}).get("path")
             raise _UnreadableImage(
                 f"Image {self._positions[index]} of {self._where}{f', `{path}`,' if path else ''} cannot be read: "
-                f"{str(error) or type(error).__name__} Replace it, or leave it out."
+                f"{(str(error) or type(error).__name__).rstrip('.')}. Replace it, or leave it out."
             ) from error
 
 

@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_effml.utils.text_data import make_windows, tokenize
+from hf_effml.utils.text_data import check_count, make_windows, tokenize
+
+from .text_files import checked_texts
 
 
 __all__ = ["LeftPaddingCollator", "make_examples"]
@@ -43,6 +45,10 @@ def make_examples(
     if completion_marker is None:
         windows = make_windows(texts, tokenizer, length, single_line_breaks=single_line_breaks)
         return [{"input_ids": window.tolist()} for window in windows]
+    check_count("length", length, 1)
+    if not isinstance(completion_marker, str) or not completion_marker:
+        raise ValueError(f"`completion_marker` must be a text with a character; got {completion_marker!r}.")
+    texts = checked_texts(texts, "`texts`, number")
     pairs = [text.partition(completion_marker) for text in texts]
     prompts = tokenize([before + marker for before, marker, _ in pairs], tokenizer, single_line_breaks)
     examples = []

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -90,15 +91,17 @@ def read_table(path: Path) -> Any:
         `datasets.Dataset`: its rows.
 
     Raises:
-        ValueError: If it cannot be read.
+        ValueError: If it cannot be read, or has no row.
     """
-    from_parquet = require("datasets").Dataset.from_parquet
+    from_parquet, parquet = require("datasets").Dataset.from_parquet, import_module("pyarrow.parquet")
     try:
+        if not parquet.read_metadata(path).num_rows:
+            raise ValueError("it has no row")
         return from_parquet(str(path))
     # What pyarrow and `datasets` raise has no common kind.
     except Exception as error:
         reason = (str(error.__cause__ or error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"`{path}` cannot be read as a table: {reason} Replace it.") from error
+        raise ValueError(f"`{path}` cannot be read as a table: {reason.rstrip('.')}. Replace it.") from error
 
 
 def need_columns(name: str, columns: Iterable[str], needed: Sequence[str]) -> None:
@@ -142,8 +145,8 @@ def checked_texts(values: Iterable[Any], where: str, first: int = 0) -> list[str
     for number, value in enumerate(values, first):
         if value is not None and not isinstance(value, str):
             raise ValueError(
-                f"{where} {number}, must be a text; it is a {type(value).__name__}. Say by the name of the column "
-                "where the texts stand."
+                f"{where} {number}, must be a text; it is of type {type(value).__name__}. Say which column holds "
+                "the texts."
             )
         text = value or ""
         if not _is_clean(text):
