@@ -49,7 +49,7 @@ class EvaluateArguments:
             "help": f"What to measure, of {', '.join(VARIANTS)}. All if left out, without block_pruner: it is slow."
         },
     )
-    data: str = field(default="pydoc", metadata={"help": "pydoc, a .txt or .parquet file, or a data set of the Hub."})
+    data: str = field(default="pydoc", metadata={"help": "pydoc, .txt, .jsonl or .parquet, or a set of the Hub."})
     single_line_breaks: bool = field(default=False, metadata={"help": "Replace double line breaks by single ones."})
     tasks: list[str] = field(
         default_factory=list,

@@ -29,7 +29,7 @@ class ScriptArguments:
     )
     start_steps: int = field(default=0, metadata={"help": "Steps to train a tiny one for, in OUTPUT_DIR/start."})
     dtype: str = field(default="auto", metadata={"help": "Type to load its weights in: auto, float32, bfloat16 ..."})
-    data: str = field(default="pydoc", metadata={"help": "pydoc, a .txt or .parquet file, or a data set of the Hub."})
+    data: str = field(default="pydoc", metadata={"help": "pydoc, .txt, .jsonl or .parquet, or a set of the Hub."})
     text_column: str = field(default="text", metadata={"help": "Where the texts stand in tables."})
     completion_marker: str | None = field(
         default=None, metadata={"help": "What ends the prompt in each text; prompts are as long as texts if left out."}

@@ -1,7 +1,7 @@
 """Texts and multiple-choice questions from files and the Hub, as token windows and as items to score."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import chain, islice
@@ -10,19 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.utils import logging
 
-from .imports import require
-from .sources.split_files import DATA_VARIABLE, find_data
-from .sources.text_files import TEXT_FILES, checked_texts, need_columns, read_table, read_text_folder, read_texts
-
-
-logger = logging.get_logger(__name__)
-
-# The first one that is there is for training, the next one for testing.
-_SPLITS = ("train", "validation", "test")
-# Where data have no test split, one text of so many is for testing, and that share of one long text.
-_HELD_OUT = 5
+from .sources.text_files import need_columns, read_table
+from .sources.text_splits import find_text, hold_out_texts, load_text_splits, rows_of_the_hub
 
 
 @dataclass(frozen=True)
@@ -104,16 +94,16 @@ def load_text(name_or_path: str, column: str = "text") -> TextData:
 
     ```
     """
-    path = _find(name_or_path)
+    path = find_text(name_or_path)
     if name_or_path == "pydoc":
-        train, test = _hold_out(_pydoc_topics())
+        train, test = hold_out_texts(_pydoc_topics())
     else:
-        train, test = _load_splits(name_or_path, path, column)
+        train, test = load_text_splits(name_or_path, path, column)
     train, test = ([text for text in texts if text.strip()] for texts in (train, test))
     if not train or not test:
         raise ValueError(
             f"`{name_or_path}` must have texts to train and to test on; it has {len(train)}, {len(test)}. Texts "
-            f"without a test split must be {_HELD_OUT} or more, or one of several lines."
+            "without a test split must be five or more, or one of several lines."
         )
     hub_id = None if name_or_path == "pydoc" or path is not None else name_or_path.partition(":")[0]
     is_file = path is not None and path.is_file()
@@ -268,7 +258,7 @@ def load_multiple_choice(name_or_path: str, limit: int | None = None) -> list[Mu
     ('Question: Work is a product of force and distance. Which ... is an example of work?\\nAnswer:', ' riding a bike')
     ```
     """
-    path = _find(name_or_path)
+    path = find_text(name_or_path)
     if path is not None and path.is_file():
         if path.suffix.lower() != ".parquet":
             raise ValueError(f"`{name_or_path}` must be a .parquet file of questions; it is a {path.suffix} file.")
@@ -391,80 +381,10 @@ def _load_task(name: str) -> tuple[Any, Callable[[dict], tuple[str, list[str], i
             f"`question`, `choices` and `label`.{advice}"
         )
     hub_id, subset, split, read = _TASKS[name]
-    return _from_hub(hub_id, subset)[split], read
-
-
-def _find(name_or_path: str) -> Path | None:
-    """A file or folder of that name, here or below the data folder."""
-    found = find_data(name_or_path)
-    if found is None and Path(name_or_path).suffix.lower() in TEXT_FILES:
-        raise FileNotFoundError(
-            f"There is no file `{name_or_path}`, neither here nor below the folder that ${DATA_VARIABLE} names."
-        )
-    if found is not None and found.is_file() and found.suffix.lower() not in TEXT_FILES:
-        raise ValueError(f"`{name_or_path}` must be a .txt or a .parquet file, or JSON lines (.jsonl, .json).")
-    return found
+    return rows_of_the_hub(hub_id, subset)[split], read
 
 
 def _pydoc_topics() -> list[str]:
     from pydoc_data.topics import topics
 
     return [topics[name] for name in sorted(topics)]
-
-
-def _hold_out(texts: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Splits into texts for training and for testing, always the same ones."""
-    if len(texts) == 1:
-        # The last part of the only text, from the start of a line on.
-        cut = texts[0].find("\n", len(texts[0]) * (_HELD_OUT - 1) // _HELD_OUT) + 1
-        return ([texts[0][:cut]], [texts[0][cut:]]) if cut else (list(texts), [])
-    last = _HELD_OUT - 1
-    return [text for i, text in enumerate(texts) if i % _HELD_OUT != last], list(texts[last::_HELD_OUT])
-
-
-def _load_splits(name: str, path: Path | None, column: str) -> tuple[list[str], list[str]]:
-    splits: dict[str, list[str]] | None = None
-    if path is not None and path.is_file():
-        splits = {"train": read_texts(path, column, name)}
-    elif path is not None:
-        splits = read_text_folder(name, path, column)
-    if splits is None:
-        tables = _from_hub(*name.partition(":")[::2]) if path is None else _other_files(name, path)
-        present = _present(name, tables)
-        need_columns(name, tables[present[0]].features, (column,))
-        splits = {split: checked_texts(tables[split][column], f"`{name}`, row") for split in present}
-    train, *test = (splits[split] for split in _present(name, splits))
-    if test:
-        return train, test[0]
-    held = f"every {_HELD_OUT}th of its texts is" if len(train) > 1 else f"the last {_HELD_OUT}th of its text is"
-    logger.warning(f"`{name}` has no split to test on: {held} held out, always the same.")
-    return _hold_out(train)
-
-
-def _present(name: str, splits: Iterable[str]) -> list[str]:
-    """The split to train on, and the one to test on if there is one."""
-    present = [split for split in _SPLITS if split in splits]
-    if not present:
-        raise ValueError(f"`{name}` must have a split `{'` or `'.join(_SPLITS)}`; it has `{'`, `'.join(splits)}`.")
-    return present[:2]
-
-
-def _other_files(name: str, folder: Path) -> Any:
-    """What `datasets` knows to read beside the usual files; it says by any kind of error that it cannot."""
-    try:
-        return require("datasets").load_dataset(str(folder))
-    except Exception as error:
-        raise ValueError(
-            f"`{name}` holds no texts that can be read: {str(error).splitlines()[0]} Put files into it that end in "
-            f"{', '.join(TEXT_FILES)}."
-        ) from error
-
-
-def _from_hub(hub_id: str, subset: str | None) -> Any:
-    try:
-        return require("datasets").load_dataset(hub_id, subset or None)
-    except OSError as error:
-        raise FileNotFoundError(
-            f"No data `{hub_id}`: it is no file or folder here, not below the folder that ${DATA_VARIABLE} names, and "
-            f"not found on the Hub or not open to you ({str(error).splitlines()[0]})."
-        ) from error

@@ -218,6 +218,27 @@ def test_tables_of_other_writers(tmp_path, pictures):
         load_image_data(str(tmp_path / "short"), PROCESSOR)
 
 
+def test_classes_and_splits_of_a_list_of_files(pictures):
+    require_package("datasets")
+    folder = pictures("train/test 1.png", "train/b.png", "val/bullet train/c.png")
+    (folder / "train" / "metadata.csv").write_text("file_name,label\ntest 1.png,cat\nb.png,car\n")
+    (folder / "val" / "metadata.csv").write_text("file_name,label\nbullet train/c.png,cat\n")
+    data = load_image_data(str(folder), PROCESSOR)
+    assert data.labels == ["car", "cat"] and (numbers(data.train), numbers(data.test)) == ([1, 0], [1])
+
+
+def test_rows_of_users_are_checked():
+    image = Image.new("L", (9, 9))
+    for row, message in (
+        ({"image": "x.png", "label": 0}, "The image of row 0 must be a PIL image, an array or a tensor; it is a str"),
+        ({"image": image, "label": 0.5}, "The label of row 0 must be a class number; it is '0.5'"),
+        ({"image": image, "label": -1}, "The label of row 0 must be in 0 to 1, the classes of `labels`; it is -1"),
+        ({"image": image, "label": 2}, "it is 2"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            ImageSplit([row], PROCESSOR, labels=["a", "b"])[0]
+
+
 def test_both_loaders_read_every_kind_of_pixels_alike(tmp_path):
     require_package("datasets")
     ramp = np.arange(256, dtype=np.uint8).reshape(16, 16)

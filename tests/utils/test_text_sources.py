@@ -5,7 +5,7 @@ import json
 import pytest
 
 from helpers import require_package
-from hf_effml.utils import text_data
+from hf_effml.utils.sources import text_splits
 from hf_effml.utils.text_data import load_multiple_choice, load_text
 
 
@@ -15,7 +15,7 @@ def lines(*texts, field="text"):
 
 def test_json_lines(tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr(text_data.logger, "warning", said.append)
+    monkeypatch.setattr(text_splits.logger, "warning", said.append)
     path = tmp_path / "texts.jsonl"
     path.write_text(lines("a", "b\u2028b", "c", None, "d", "e", ""), encoding="utf-8-sig")
     data = load_text(str(path))
@@ -55,7 +55,7 @@ def test_folders(tmp_path):
         ("a.jsonl", "[" * 100_000, "line 1, is no JSON"),
         ("a.json", '[{"text": "a"},\n {"text": }]', "a.json`, line 2, is no JSON"),
         ("a.jsonl", "", "must have texts to train and to test on; it has 0, 0"),
-        ("a.txt", "", "it has 0, 0. Texts without a test split must be 5 or more, or one of several lines"),
+        ("a.txt", "", "it has 0, 0. Texts without a test split must be five or more, or one of several lines"),
         ("a.txt", b"abc\xff", "a.txt` is no UTF-8 text: byte 3 is 0xff"),
         ("a.parquet", b"PAR1", "a.parquet` cannot be read as a table: .* Replace it"),
     ],

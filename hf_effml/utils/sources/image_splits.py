@@ -15,7 +15,15 @@ from hf_effml.utils.imports import require
 
 from .class_labels import number_classes
 from .image_table import ImageTable
-from .split_files import DATA_VARIABLE, check_overlap, find_data, split_class_folders, split_tables, visible_files
+from .split_files import (
+    DATA_VARIABLE,
+    check_overlap,
+    find_data,
+    split_class_folders,
+    split_folders,
+    split_tables,
+    visible_files,
+)
 
 
 __all__ = ["ImageSplits", "load_image_splits"]
@@ -177,7 +185,7 @@ def _from_folder(name: str, folder: Path) -> Mapping[str, Any]:
         _check_same_classes(name, placed)
         return _load(name, "parquet", placed)
     if described:
-        return _load(name, "imagefolder", split_tables(name, folder, [*images, *described]))
+        return _load(name, "imagefolder", split_folders(folder, [*images, *described]))
     by_class = split_class_folders(name, folder, images)
     names = sorted({label for each in by_class.values() for _, label in each})
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})

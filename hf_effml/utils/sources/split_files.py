@@ -6,7 +6,15 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 
-__all__ = ["DATA_VARIABLE", "check_overlap", "find_data", "split_class_folders", "split_tables", "visible_files"]
+__all__ = [
+    "DATA_VARIABLE",
+    "check_overlap",
+    "find_data",
+    "split_class_folders",
+    "split_folders",
+    "split_tables",
+    "visible_files",
+]
 
 DATA_VARIABLE = "HF_EFFML_DATA"
 _SPLIT_OF = dict.fromkeys(("train", "training"), "train")
@@ -140,6 +148,28 @@ def split_tables(name: str, folder: Path, files: Iterable[Path]) -> dict[str, li
                 f"`{file}` of `{name}` is named after the splits {' and '.join(sorted(found))}. Name it after one."
             )
         for split in found:
+            placed.setdefault(split, []).append(file)
+    return _train_first(placed) or {"train": files}
+
+
+def split_folders(folder: Path, files: Iterable[Path]) -> dict[str, list[Path]]:
+    """Splits files by the outermost folder that is called like a split.
+
+    Args:
+        folder (`Path`):
+            The data set.
+        files (`Iterable[Path]`):
+            Its files.
+
+    Returns:
+        `dict[str, list[Path]]`: the files by split; everything is `train` where no folder says otherwise.
+    """
+    files = list(files)
+    placed: dict[str, list[Path]] = {}
+    for file in files:
+        above = [part.lower() for part in file.relative_to(folder).parts[:-1]]
+        split = next((_SPLIT_OF[part] for part in above if part in _SPLIT_OF), None)
+        if split is not None:
             placed.setdefault(split, []).append(file)
     return _train_first(placed) or {"train": files}
 
