@@ -42,7 +42,10 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
     (args,) = parse_arguments(EvaluateArguments, argv=argv, program=__file__, description=__doc__)
     from hf_effml import draw_patches, evaluate_vim, load_image_data, load_image_processor
     from hf_effml.hub import add_results
+    from hf_effml.utils.model_kinds import check_model_type
 
+    for name in filter(None, (args.model, args.start)):
+        check_model_type(name, ("vim", "rmeeto_vim", "dyvm"))
     processor = load_image_processor(args.model)
     data = load_image_data(args.data, processor)
     models = {name: model.to(args.device).eval() for name, model in _variants(args).items()}

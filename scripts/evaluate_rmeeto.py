@@ -36,7 +36,10 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
     (args,) = parse_arguments(EvaluateArguments, argv=argv, program=__file__, description=__doc__)
     from hf_effml import evaluate_vim, load_image_data, load_image_processor
     from hf_effml.hub import add_results
+    from hf_effml.utils.model_kinds import check_model_type
 
+    for name in filter(None, (args.model, args.start)):
+        check_model_type(name, ("vim", "rmeeto_vim", "dyvm"))
     data = load_image_data(args.data, load_image_processor(args.model))
     models = {name: model.to(args.device).eval() for name, model in _variants(args).items()}
     report = evaluate_vim(models, data.test, args.batch_size, args.rounds, name="evaluate_rmeeto")
@@ -61,8 +64,8 @@ def _variants(args: EvaluateArguments) -> "dict[str, VimForImageClassification]"
     options = {}
     if saved.vim.token_reducer is not None:
         models["as saved"] = saved
-        names = ("interval", "offset", "metric", "distance", "mode", "reduce", "matching", "class_position")
-        options = {name: getattr(saved.config, f"merge_{name}") for name in names}
+        fields = {name for name in vars(saved.config) if name.startswith("merge_")} - {"merge_r", "merge_target_ratio"}
+        options = {name.removeprefix("merge_"): getattr(saved.config, name) for name in fields}
     for r in args.r:
         models[f"r = {r}"] = copy.deepcopy(saved)
         apply_token_merging(models[f"r = {r}"], r=r, **options)

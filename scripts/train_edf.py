@@ -63,7 +63,9 @@ def _map_network(maps: MapArguments, bank: TrajectoryBank) -> dict[str, Any]:
     from transformers import AutoModelForImageClassification
 
     from hf_effml import load_image_processor
+    from hf_effml.utils.model_kinds import check_task
 
+    check_task(maps.cam_model, "AutoModelForImageClassification")
     classes = maps.cam_classes or IMAGENET_SUBSETS.get(maps.cam_subset or "")
     labels = len(bank.metadata["dataset"]["label_names"])
     if classes is not None and len(classes) != labels:

@@ -67,8 +67,9 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
         _new_config(script)
         processor = vim_image_processor(script.image_size or 224, script.crop_share or 0.875)
     else:
+        config = VimConfig.from_pretrained(source)
         processor = load_image_processor(source)
-        _check_shape(script, VimConfig.from_pretrained(source), processor)
+        _check_shape(script, config, processor)
     data = load_image_data(script.data, processor, augmentation, seed=args.seed)
     trainer = VimTrainer(_model(script, data), **trainer_options(augmentation, args, data, processor))
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)

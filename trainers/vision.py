@@ -24,6 +24,7 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 from hf_effml.utils.augmentation import MixupCollator
 from hf_effml.utils.files import write_safetensors
 from hf_effml.utils.image_data import aligned
+from hf_effml.utils.model_kinds import check_task
 from hf_effml.utils.sources.class_labels import check_same_classes
 from hf_effml.vim.classification_loss import problem_type_of
 from hf_effml.vim.configuration_vim import PROBLEM_TYPES
@@ -276,6 +277,7 @@ class TaughtTrainer(VisionTrainer):
                 teacher = copy.deepcopy(self._student)
                 self._make_plain(teacher)
             else:
+                check_task(self.args.teacher, "AutoModelForImageClassification")
                 teacher = AutoModelForImageClassification.from_pretrained(self.args.teacher)
         self._check_teacher(teacher)
         check_same_classes("Model and teacher", self._student.config, teacher.config)

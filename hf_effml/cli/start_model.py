@@ -112,9 +112,9 @@ def load_start(
 def _try_options(script: StartArguments, augmentation: "Augmentation", args: Any, build: Any) -> None:
     """Raises what would be raised once the start model is trained."""
     import torch
-    from transformers import AutoConfig
 
     from hf_effml import VimConfig, VimForImageClassification
+    from hf_effml.utils.model_kinds import check_task
 
     if script.model_name_or_path is not None:
         config = VimConfig.from_pretrained(script.model_name_or_path)
@@ -129,7 +129,7 @@ def _try_options(script: StartArguments, augmentation: "Augmentation", args: Any
     if augmentation.needs_timm:
         require("timm")
     if args.teacher not in ("self", "none"):
-        AutoConfig.from_pretrained(args.teacher)
+        check_task(args.teacher, "AutoModelForImageClassification")
 
 
 def _start_settings(script: StartArguments) -> dict[str, Any]:

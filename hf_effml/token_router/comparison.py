@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from hf_effml.utils.benchmark import compare
+from hf_effml.utils.model_kinds import check_task
 from hf_effml.utils.report import Column, Report
 
 from .baselines import block_pruner, remove_blocks, remove_sub_blocks, shortgpt_blocks
@@ -324,8 +325,9 @@ def load_with_router(
     Raises:
         ValueError: If nothing says what to skip.
     """
-    found, tokenizer_of = AutoConfig.from_pretrained(name_or_path), name_or_path
-    if found.model_type == TokenRouterConfig.model_type:
+    tokenizer_of = name_or_path
+    if check_task(name_or_path, "AutoModelForCausalLM") == TokenRouterConfig.model_type:
+        found = TokenRouterConfig.from_pretrained(name_or_path)
         tokenizer_of = base_model or found.base_model_name_or_path or name_or_path
         names = [name_or_path] if base_model is None else [base_model, name_or_path]
         model = TokenRouterModel.from_pretrained(*names, dtype=dtype).model

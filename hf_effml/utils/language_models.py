@@ -20,6 +20,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from .model_kinds import check_task
 from .shards import ShardFolder
 from .text_data import make_windows
 
@@ -43,10 +44,19 @@ def load_language_model(name_or_path: str, **options: Any) -> tuple[Any, Any]:
 
     Returns:
         `tuple[PreTrainedModel, PreTrainedTokenizerBase]`: the model, in evaluation mode, and its tokenizer.
+
+    Raises:
+        ValueError: If it is no language model.
+        OSError: If there is none.
     """
     below = Path(os.environ.get("HF_EFFML_DATA", ""), name_or_path)
     if not Path(name_or_path).is_dir() and below.is_dir():
         name_or_path = str(below)
+    if check_task(name_or_path, "AutoModelForCausalLM") == "token_router":
+        raise ValueError(
+            f"`{name_or_path}` is a token router already; needed is the language model that it was made from. Give "
+            "its folder or Hub id."
+        )
     tokenizer = AutoTokenizer.from_pretrained(name_or_path)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

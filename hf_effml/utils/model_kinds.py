@@ -9,11 +9,20 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from transformers import PreTrainedConfig
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    PreTrainedConfig,
+)
 
 
-__all__ = ["check_model_type", "load_weights", "read_config_dict", "state_dict_of"]
+__all__ = ["check_model_type", "check_task", "load_weights", "read_config_dict", "state_dict_of"]
 
+_TASKS = {
+    "AutoModelForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING,
+    "AutoModelForImageClassification": MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+}
 # What the names of all weights may begin with.
 _WRAPPERS = ("model.", "net.")
 _LFS_POINTER = b"version https://git-lfs"
@@ -50,18 +59,75 @@ def check_model_type(name_or_path: str | Path, wanted: str | Sequence[str], **op
 
     ```
     """
-    if Path(name_or_path).is_dir() and not (Path(name_or_path) / "config.json").is_file():
+    return _config_of(name_or_path, wanted, _listed(wanted), **options).get("model_type", "")
+
+
+def check_task(name_or_path: str | Path, auto_class: str, **options: Any) -> str:
+    """Reads whether a folder or repository holds a model for a task, before anything of it is loaded.
+
+    Args:
+        name_or_path (`str` or `Path`):
+            Folder or Hub id.
+        auto_class (`str`):
+            What is to load it: `"AutoModelForCausalLM"` or `"AutoModelForImageClassification"`.
+        options (`dict`, *optional*):
+            As for [`check_model_type`].
+
+    Returns:
+        `str`: the kind found.
+
+    Raises:
+        ValueError: If it is of a kind that this class does not know, and brings no code of its own.
+        OSError: If there is no `config.json`, or it holds no configuration.
+
+    Example:
+
+    ```python
+    >>> from hf_effml import ConvNetConfig
+    >>> from hf_effml.utils.model_kinds import check_task
+
+    >>> ConvNetConfig().save_pretrained("my-convnet")
+    >>> check_task("my-convnet", "AutoModelForCausalLM")
+    Traceback (most recent call last):
+    ValueError: `my-convnet` holds a model of the kind 'convnet'; needed is one for `AutoModelForCausalLM`. ...
+
+    ```
+    """
+    values = _config_of(name_or_path, None, f"a model for `{auto_class}`", **options)
+    found, own_code = values.get("model_type", ""), values.get("auto_map")
+    known = found in CONFIG_MAPPING and CONFIG_MAPPING[found] in _TASKS[auto_class]
+    if not known and not (isinstance(own_code, Mapping) and auto_class in own_code):
         raise ValueError(
-            f"`{name_or_path}` holds no `config.json`, so no model; needed is {_listed(wanted)}. Give the folder or "
-            "Hub id of one."
+            f"`{name_or_path}` holds a model of the kind {found!r}; needed is one for `{auto_class}`. Give the folder "
+            "or Hub id of one."
         )
-    values, _ = read_config_dict(PreTrainedConfig.get_config_dict, wanted, name_or_path, **options)
-    return values.get("model_type", "")
+    return found
+
+
+def _config_of(
+    name_or_path: str | Path, wanted: str | Sequence[str] | None, needed: str, **options: Any
+) -> dict[str, Any]:
+    folder = Path(name_or_path)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ValueError(
+            f"`{name_or_path}` holds no `config.json`, so no model; needed is {needed}. Give the folder or Hub id of "
+            "one."
+        )
+    try:
+        values, _ = read_config_dict(PreTrainedConfig.get_config_dict, wanted, name_or_path, **options)
+    except OSError as error:
+        if folder.exists():
+            raise
+        reason = " ".join(str(error).split())
+        raise OSError(
+            f"`{name_or_path}` is no folder here, and not found on the Hub or not open to you: {reason}"
+        ) from error
+    return values
 
 
 def read_config_dict(
     read: Callable[..., tuple[dict[str, Any], dict[str, Any]]],
-    wanted: str | Sequence[str],
+    wanted: str | Sequence[str] | None,
     name_or_path: Any,
     **options: Any,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -70,8 +136,8 @@ def read_config_dict(
     Args:
         read (`Callable`):
             The `get_config_dict` of a configuration's base class.
-        wanted (`str` or `Sequence[str]`):
-            The kinds that serve.
+        wanted (`str` or `Sequence[str]`, *optional*):
+            The kinds that serve; all of them if left out.
         name_or_path (`str` or `Path`):
             Folder, file or Hub id.
         options (`dict`, *optional*):
@@ -91,8 +157,8 @@ def read_config_dict(
     if not isinstance(values, dict):
         raise OSError(_no_configuration(name_or_path))
     found = values.get("model_type")
-    kinds = [wanted] if isinstance(wanted, str) else list(wanted)
-    if found is not None and found not in kinds:
+    kinds = [wanted] if isinstance(wanted, str) else wanted
+    if found is not None and kinds is not None and found not in kinds:
         classes = values.get("architectures")
         named = f" ({', '.join(map(str, classes))})" if isinstance(classes, list) and classes else ""
         raise ValueError(

@@ -192,7 +192,7 @@ def test_start_is_trained_once(tmp_path, monkeypatch):
         (train_rmeeto, ["--merge_interval", "0"], "merge_interval"),
         (train_rmeeto, ["--start_recipe", "smok"], "`--start_recipe smok` is no recipe of a Vim; there are: smoke"),
         (train_dyvm, ["--pruning_layers", "9"], "pruning_layers"),
-        (train_dyvm, ["--teacher", "."], "Unrecognized model|config.json"),
+        (train_dyvm, ["--teacher", "."], "holds no `config.json`, so no model"),
         (train_dyvm, ["--drop_path_rate", "2"], "drop_path_rate"),
     ],
 )

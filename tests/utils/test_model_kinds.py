@@ -9,7 +9,9 @@ import hf_effml
 from helpers import tiny_language_model, tiny_vim_config
 from hf_effml.distillation.bank.convert import import_distilled_tensors
 from hf_effml.distillation.convert_convnet import convert_convnet_checkpoint, to_official
-from hf_effml.utils.model_kinds import check_model_type
+from hf_effml.distillation.evaluation.students import student_by_name
+from hf_effml.utils.language_models import load_language_model
+from hf_effml.utils.model_kinds import check_model_type, check_task
 from hf_effml.vim.convert_vim import read_official_checkpoint
 
 
@@ -54,6 +56,21 @@ def test_programs_ask_before_they_load(folders, tmp_path):
         check_model_type(folders / "vim", ["token_router", "llama"])
     with pytest.raises(ValueError, match="holds no `config.json`, so no model; needed is 'vim'"):
         check_model_type(tmp_path, "vim")
+
+
+def test_a_model_for_another_task_is_named(folders, tmp_path):
+    assert check_task(folders / "llama", "AutoModelForCausalLM") == "llama"
+    assert check_task(folders / "vim", "AutoModelForImageClassification") == "vim"
+    with pytest.raises(ValueError, match="of the kind 'vim'; needed is one for `AutoModelForCausalLM`"):
+        load_language_model(str(folders / "vim"))
+    with pytest.raises(ValueError, match="of the kind 'llama'; needed is one for `AutoModelForImageClassification`"):
+        student_by_name(str(folders / "llama"), (8, 8), 3, 10)
+    with pytest.raises(ValueError, match="holds no `config.json`, so no model"):
+        check_task(tmp_path, "AutoModelForCausalLM")
+    router = hf_effml.TokenRouterModel(tiny_language_model(), hf_effml.TokenRouterConfig())
+    router.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is a token router already; needed is the language model"):
+        load_language_model(str(tmp_path))
 
 
 def test_a_family_reads_each_other(folders):

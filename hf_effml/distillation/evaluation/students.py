@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForImageClassification, PreTrained
 from hf_effml.distillation.configuration_convnet import ConvNetConfig
 from hf_effml.distillation.flat_student import build_student
 from hf_effml.utils.imports import require
+from hf_effml.utils.model_kinds import check_task
 
 
 __all__ = ["STUDENTS", "Student", "StudentFactory", "make_student", "student_by_name", "student_name"]
@@ -264,6 +265,7 @@ def _timm(architecture: str, size: tuple[int, int], channels: int, num_labels: i
 
 
 def _saved(name: str, size: tuple[int, int], channels: int, num_labels: int, **fields: Any) -> PreTrainedConfig:
+    check_task(name, "AutoModelForImageClassification")
     config = AutoConfig.from_pretrained(name)
     if config.model_type == "timm_wrapper":
         return _timm(config.architecture, size, channels, num_labels, **fields)
