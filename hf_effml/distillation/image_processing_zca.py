@@ -102,6 +102,8 @@ class ZCAImageProcessor(BaseImageProcessor):
             raise ValueError(f'`resize_mode` must be "crop" or "squash"; got {resize_mode!r}.')
         if num_channels not in (1, 3):
             raise ValueError(f"`num_channels` must be 1 or 3; got {num_channels}.")
+        if not isinstance(do_whiten, bool):
+            raise ValueError(f"`do_whiten` must be true or false; got {do_whiten!r}.")
         if not isinstance(epsilon, (int, float)) or not 0 < epsilon < math.inf:
             raise ValueError(f"`epsilon` must be positive, or directions without variance blow up; got {epsilon!r}.")
         if (image_mean is None) != (image_std is None):
@@ -342,7 +344,7 @@ class ZCAImageProcessor(BaseImageProcessor):
         where = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
         try:
             loaded = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        except OSError as error:
+        except (OSError, UnicodeDecodeError) as error:
             # A file that is there and cannot be read is another matter than none.
             if (
                 isinstance(error.__context__, ValueError)
@@ -354,7 +356,11 @@ class ZCAImageProcessor(BaseImageProcessor):
         if processor.do_whiten:
             path = Path(pretrained_model_name_or_path)
             source = str(path.parent if path.is_file() else pretrained_model_name_or_path)
-            matrices = _read_matrices(Path(cached_file(source, ZCA_WEIGHTS_NAME, **where)))
+            try:
+                file = cached_file(source, ZCA_WEIGHTS_NAME, **where)
+            except OSError as error:
+                raise OSError(f"`{source}` says that it whitens and has no `{ZCA_WEIGHTS_NAME}`: {error}") from error
+            matrices = _read_matrices(Path(file))
             processor._check_size(len(matrices["mean"]), pretrained_model_name_or_path)
             processor._set_matrices(matrices)
         return loaded

@@ -284,7 +284,8 @@ class ModelFolder(FolderKind):
     @property
     def architecture(self) -> str | None:
         """Name of the model's class."""
-        return (self.config.get("architectures") or [None])[0]
+        names = self.config.get("architectures")
+        return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
 
     @property
     def auto_class(self) -> str:

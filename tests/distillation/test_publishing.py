@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import DatasetCard
+from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import ResNetConfig
@@ -438,6 +439,8 @@ def test_snippet_takes_real_images_from_where_the_set_took_them(folder):
     assert "digits = load_digits()" in training_snippet(here, settings)
     unknown = training_snippet(info | {"dataset": None, "student": {"model_type": "vim"}}, settings)
     assert "data_dir='real-images'" in unknown and "nn.Conv2d" in unknown
+    with pytest.raises(StrictDataclassError, match="hidden_size"):
+        training_snippet(info | {"student": info["student"] | {"hidden_size": "16; import os"}}, settings)
 
 
 # What is pushed.

@@ -185,6 +185,7 @@ _FORMS: dict[str, Form] = {
         lambda value: is_mapping(value) and all(map(is_text, value.values())),
     ),
     "format_version": ("a number", is_count),
+    "hf_effml_version": ("a text", is_text),
     "image_shape": ("channels, height and width", lambda value: is_list(value, is_count, 3)),
     "images": ("a positive number", is_count),
     "images_per_class": ("a positive number", is_count),

@@ -203,9 +203,9 @@ def _load_model(name: str, revision: str | None, token: str | bool | None) -> Di
     try:
         # A folder without a configuration gives an empty one.
         config, reason = PreTrainedConfig.get_config_dict(name, **where)[0], None
-    except OSError as error:
+    except (OSError, TypeError) as error:
         config, reason = {}, error
-    if not config:
+    if not config or not isinstance(config, dict):
         raise FileNotFoundError(
             f"`{name}` holds no distilled set: it is no folder with a `{INFO_NAME}` or a model, and no data set or "
             "model on the Hub that you may read. `hf-effml train pad` makes one."
@@ -226,7 +226,7 @@ def _read_model(name: str, **where: Any) -> DistilledDatasetModel:
         model, found = DistilledDatasetModel.from_pretrained(
             name, use_safetensors=True, output_loading_info=True, **where
         )
-    except (RuntimeError, SafetensorError) as error:
+    except (AttributeError, LookupError, RuntimeError, SafetensorError, TypeError) as error:
         raise ValueError(
             f"The weights of `{name}` are damaged, or of another shape than its configuration: {error}"
         ) from error

@@ -5,6 +5,8 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING
 
+from hf_effml.distillation.configuration_convnet import ConvNetConfig
+
 
 __all__ = ["training_snippet"]
 
@@ -143,17 +145,20 @@ def make_network():  # like the one that the set was made with
     return AutoModelForImageClassification.from_config(AutoConfig.for_model(fields.pop("model_type"), **fields))
 """
     channels, height, width = info["image_shape"]
-    deepest = max(1, min(height, width).bit_length() - 3)
-    norm, activation = student.get("norm", "instance"), student.get("activation", "relu")
-    depth, pooling = student.get("depth", deepest), student.get("pooling", "avg")
+    if student.get("model_type") == ConvNetConfig.model_type:
+        # What a configuration lets through is no code.
+        network = ConvNetConfig.from_dict(dict(student))
+    else:
+        network = ConvNetConfig(depth=max(1, min(height, width).bit_length() - 3), image_size=[height, width])
+    norm, activation, pooling = _NORMS[network.norm], _ACTIVATIONS[network.activation], _POOLINGS[network.pooling]
     padding = "3 if block == 0 else 1" if channels == 1 else "1"
     return f"""
 
 def make_network():  # like the one that the set was made with
-    layers, channels, width = [], {channels}, {student.get("hidden_size", 64)}
-    for block in range({depth}):
-        layers += [nn.Conv2d(channels, width, 3, padding={padding}), {_NORMS[norm]}]
-        layers += [{_ACTIVATIONS[activation]}, {_POOLINGS[pooling]}]
+    layers, channels, width = [], {channels}, {network.hidden_size}
+    for block in range({network.depth}):
+        layers += [nn.Conv2d(channels, width, 3, padding={padding}), {norm}]
+        layers += [{activation}, {pooling}]
         channels = width
     network = nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear({classes}))
     network(images[:2])

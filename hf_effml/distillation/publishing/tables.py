@@ -123,10 +123,20 @@ def read_table(path: str | Path) -> tuple[Tensor, Tensor, Tensor]:
     Returns:
         `tuple[Tensor, Tensor, Tensor]`: images of shape `(images, channels, height, width)`, class numbers of shape
         `(images,)` and logits of shape `(images, classes)`.
+
+    Raises:
+        ValueError: If it is damaged, or no such table.
     """
     datasets = require("datasets")
     # It comes with datasets; used by itself, it copies nothing into a cache.
     read_table = import_module("pyarrow.parquet").read_table
-    table = datasets.Dataset(read_table(path, columns=["image", "label", "soft_label"])).with_format("numpy")[:]
-    images, class_ids, soft_labels = (torch.tensor(table[name]) for name in ("image", "label", "soft_label"))
+    names = ["image", "label", "soft_label"]
+    try:
+        table = datasets.Dataset(read_table(path, columns=names)).with_format("numpy")[:]
+        images, class_ids, soft_labels = (torch.tensor(table[name]) for name in names)
+    # Of Arrow, datasets and NumPy.
+    except (AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"`{path}` is damaged, or no table of a distilled set: {error!r}. Load or save the set again."
+        ) from error
     return images, class_ids, soft_labels
