@@ -20,8 +20,9 @@ from hf_effml.hub import CardResult, write_card
 from hf_effml.hub.results import merge_results
 from hf_effml.hub.training_log import CURVE_NAME, draw_log
 from hf_effml.methods import FOUNDATIONS, METHODS
-from hf_effml.utils.files import only_run_in, remove_leftovers, write_text
+from hf_effml.utils.files import remove_leftovers, write_text
 from hf_effml.utils.imports import usable
+from hf_effml.utils.processes import only_run_in
 
 
 logger = logging.get_logger(__name__)

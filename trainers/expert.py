@@ -262,7 +262,11 @@ class ExpertTrainer:
         with self.folder.at_work(self.state.process_index):
             # Whoever looks for the others finds all of them at work.
             self._meet()
-            self._train_all(shares[self.state.process_index])
+            try:
+                self._train_all(shares[self.state.process_index])
+            except KeyboardInterrupt as error:
+                error.add_note(f"The same command goes on with the experts in `{self.args.output_dir}`.")
+                raise
             self.folder.finish(shares)
         if self.state.is_main_process:
             write_card(self.args.output_dir)

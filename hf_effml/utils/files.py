@@ -10,14 +10,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 from torch import Tensor
 
 
 __all__ = [
     "is_leftover",
-    "only_run_in",
     "remove_leftovers",
     "replacing_file",
     "replacing_folder",
@@ -28,7 +26,6 @@ __all__ = [
 ]
 
 _ENDING = ".unfinished"
-_LOCK_NAME = ".run.lock"
 # Ours, those of earlier versions, and what safetensors writes before it renames.
 _LEFTOVER = re.compile(r"\..+\.([a-z0-9_]{8}\.unfinished|\d+\.tmp)|\.tmp[A-Za-z0-9]{6}", re.DOTALL)
 # So many bytes of a name leave room for what is added to it.
@@ -214,45 +211,6 @@ def remove_leftovers(folder: str | Path, of: str | None = None) -> None:
             elif path.name.endswith(_ENDING):
                 # Others do not leave folders.
                 shutil.rmtree(path)
-
-
-@contextmanager
-def only_run_in(folder: str | Path) -> Iterator[None]:
-    """Keeps other runs out of a folder while the block runs. The end of a process, also a killed one, opens it again.
-
-    Args:
-        folder (`str` or `Path`):
-            What the run writes; it is made if there is none.
-
-    Raises:
-        ValueError: If another run is at work there.
-
-    Example:
-
-    ```python
-    >>> from hf_effml.utils.files import only_run_in
-
-    >>> with only_run_in("experiment"):
-    ...     pass
-
-    ```
-    """
-    path = Path(folder) / _LOCK_NAME
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ValueError(
-            f"Another run is at work in `{folder}`, and both would write the same files. Wait for its end, or choose "
-            "another `output_dir`."
-        ) from None
-    try:
-        yield
-    finally:
-        # While it is still ours: who gets hold of a removed file notices, and makes a new one.
-        path.unlink(missing_ok=True)
-        lock.release()
 
 
 def _swap(new: Path, path: Path, old: Path) -> None:

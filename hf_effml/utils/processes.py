@@ -8,8 +8,9 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 
-__all__ = ["explaining_lost_processes", "holding", "is_held"]
+__all__ = ["explaining_lost_processes", "holding", "is_held", "only_run_in"]
 
+_LOCK_NAME = ".run.lock"
 # How gloo and NCCL say that the other side is gone or silent.
 _LOST = re.compile(
     r"closed by peer|connection (reset|closed|refused)|broken pipe|timed? ?out|remote process exited|socket", re.I
@@ -58,6 +59,45 @@ def is_held(path: str | Path) -> bool:
             return False
     except (Timeout, NotImplementedError):
         return True
+
+
+@contextmanager
+def only_run_in(folder: str | Path) -> Iterator[None]:
+    """Keeps other runs out of a folder while the block runs. The end of a process, also a killed one, opens it again.
+
+    Args:
+        folder (`str` or `Path`):
+            What the run writes; it is made if there is none.
+
+    Raises:
+        ValueError: If another run is at work there.
+
+    Example:
+
+    ```python
+    >>> from hf_effml.utils.processes import only_run_in
+
+    >>> with only_run_in("experiment"):
+    ...     pass
+
+    ```
+    """
+    path = Path(folder) / _LOCK_NAME
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(
+            f"Another run is at work in `{folder}`, and both would write the same files. Wait for its end, or choose "
+            "another `output_dir`."
+        ) from None
+    try:
+        yield
+    finally:
+        # While it is still ours: who gets hold of a removed file notices, and makes a new one.
+        path.unlink(missing_ok=True)
+        lock.release()
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from helpers import in_model, require_package, tiny_vim_config
 from hf_effml import MixupCollator, VimForImageClassification, VimTrainer, VimTrainingArguments
 from hf_effml.trainers.base import last_complete_checkpoint
 from hf_effml.trainers.vision import AVERAGE_NAME, WeightAverage, accuracy, distances, label_f1
-from hf_effml.utils.files import only_run_in
+from hf_effml.utils.processes import only_run_in
 
 
 def images(count=16, seed=1):
