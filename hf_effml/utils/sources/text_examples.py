@@ -75,7 +75,7 @@ class LeftPaddingCollator:
     Example:
 
     ```python
-    >>> from hf_effml.utils.text_examples import LeftPaddingCollator
+    >>> from hf_effml.utils.sources.text_examples import LeftPaddingCollator
 
     >>> batch = LeftPaddingCollator()([{"input_ids": [5, 6]}, {"input_ids": [7]}])
     >>> batch["input_ids"].tolist(), batch["attention_mask"].tolist()
