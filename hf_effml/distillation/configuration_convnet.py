@@ -22,6 +22,24 @@ _LARGEST_IMAGE, _MOST_LABELS, _MOST_WEIGHTS = 2**15, 2**20, 10**10
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 
 
+def check_classes(id2label: Any, num_labels: Any) -> None:
+    """Checks how the classes are named or counted, before transformers makes a table of them.
+
+    Args:
+        id2label (`dict`, *optional*):
+            Their names by number.
+        num_labels (`int`, *optional*):
+            How many there are.
+
+    Raises:
+        ValueError: If either is something else, or far too much.
+    """
+    if id2label is not None and not (isinstance(id2label, dict) and all(str(key).isdigit() for key in id2label)):
+        raise ValueError(f"`id2label` must map class numbers to names; got {str(id2label)[:200]}.")
+    if num_labels is not None and (type(num_labels) is not int or not 0 <= num_labels <= _MOST_LABELS):
+        raise ValueError(f"`num_labels` must be from 0 to {_MOST_LABELS}; got {num_labels!r}.")
+
+
 @strict
 class ConvNetConfig(PreTrainedConfig):
     r"""Configuration of [`ConvNetForImageClassification`].
@@ -74,8 +92,7 @@ class ConvNetConfig(PreTrainedConfig):
     pooling: Literal["avg", "max", "none"] = "avg"
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if kwargs.get("num_labels") is not None and kwargs["num_labels"] not in range(_MOST_LABELS + 1):
-            raise ValueError(f"`num_labels` must be from 0 to {_MOST_LABELS}; got {kwargs['num_labels']}.")
+        check_classes(self.id2label, kwargs.get("num_labels"))
         if isinstance(self.image_size, tuple):
             self.image_size = list(self.image_size)
         super().__post_init__(**kwargs)
@@ -86,7 +103,7 @@ class ConvNetConfig(PreTrainedConfig):
         return read_config_dict(super().get_config_dict, cls.model_type, *args, **kwargs)
 
     def validate_architecture(self) -> None:
-        """Check ranges and combinations; called by `strict` on construction, and by the model."""
+        """Check ranges and combinations; called by `strict` on construction, and where a model is made."""
         for name, largest in _LARGEST.items():
             if not 1 <= getattr(self, name) <= largest:
                 raise ValueError(f"`{name}` must be from 1 to {largest}; got {getattr(self, name)}.")
@@ -140,4 +157,4 @@ class ConvNetConfig(PreTrainedConfig):
         return (height, width) if self.pooling == "none" else (height // 2, width // 2)
 
 
-__all__ = ["PROBLEM_TYPES", "ConvNetConfig"]
+__all__ = ["PROBLEM_TYPES", "ConvNetConfig", "check_classes"]

@@ -6,6 +6,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from .configuration_convnet import check_classes
 from .differentiable_augmentation import AugmentationSettings
 
 
@@ -19,7 +20,7 @@ except ImportError:  # a saved folder, which brings its own kind, where the pack
 
 
 # Far above any set: what is larger is a slip, and would fill the memory before it failed.
-_MOST_LABELS, _MOST_VALUES = 2**20, 10**10
+_MOST_VALUES = 10**10
 
 
 @strict
@@ -80,8 +81,7 @@ class DistilledDatasetConfig(PreTrainedConfig):
     method: str | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if kwargs.get("num_labels") is not None and kwargs["num_labels"] not in range(_MOST_LABELS + 1):
-            raise ValueError(f"`num_labels` must be from 0 to {_MOST_LABELS}; got {kwargs['num_labels']}.")
+        check_classes(self.id2label, kwargs.get("num_labels"))
         if isinstance(self.image_size, tuple):
             self.image_size = list(self.image_size)
         super().__post_init__(**kwargs)
@@ -92,7 +92,7 @@ class DistilledDatasetConfig(PreTrainedConfig):
         return read_config_dict(super().get_config_dict, cls.model_type, *args, **kwargs)
 
     def validate_shape(self) -> None:
-        """Check ranges; called by `strict` on construction, and by the model."""
+        """Check ranges; called by `strict` on construction, and where a model is made."""
         for name in ("images_per_class", "num_channels"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1; got {getattr(self, name)}.")

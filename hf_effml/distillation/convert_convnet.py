@@ -108,10 +108,11 @@ def _detect(
     fields: dict[str, Any],
 ) -> ConvNetConfig:
     convolutions = [name for name, value in state.items() if name.startswith("features.") and value.dim() == 4]
-    if "features.0.weight" not in convolutions or "classifier.weight" not in state:
+    classifier = state.get("classifier.weight")
+    if "features.0.weight" not in convolutions or classifier is None or classifier.dim() != 2:
         raise ValueError(
-            "These are no weights of a ConvNet: `features.0.weight` of four axes or `classifier.weight` is missing. "
-            f"They start with {list(state)[:5]}."
+            "These are no weights of a ConvNet: `features.0.weight` of four axes or `classifier.weight` of two is "
+            f"missing. They start with {list(state)[:5]}."
         )
     width, channels = state["features.0.weight"].shape[:2]
     norm = _detect_norm(state, norm)

@@ -13,6 +13,15 @@ from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
 from .configuration_convnet import PROBLEM_TYPES, ConvNetConfig
 
 
+try:
+    from hf_effml.utils.model_kinds import load_model
+except ImportError:  # a saved folder where the package is not installed
+
+    def load_model(load: Any, *args: Any, **options: Any) -> Any:  # type: ignore[misc]
+        """Loads a model as transformers does."""
+        return load(*args, **options)
+
+
 # None of them works in place: gradients of gradients need what they were given.
 _ACTIVATIONS = {"relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "sigmoid": nn.Sigmoid}
 _POOLINGS = {"avg": nn.AvgPool2d, "max": nn.MaxPool2d}
@@ -73,13 +82,31 @@ class ConvNetForImageClassification(PreTrainedModel):
 
     def __init__(self, config: ConvNetConfig):
         # Fields may have been assigned since it was made, as `from_pretrained` does.
-        config.validate_architecture()
+        config.validate()
         super().__init__(config)
         blocks = [_block(config, index) for index in range(config.depth)]
         self.features = nn.Sequential(*(layer for block in blocks for layer in block))
         self.classifier = nn.Linear(config.hidden_size * math.prod(config.feature_size), config.num_labels)
         self._block_length = len(blocks[0])
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Loads a saved model; weights that are damaged or have other shapes are named.
+
+        Args:
+            name_or_path (`str` or `Path`):
+                Folder or Hub id.
+            args, kwargs (`tuple`, `dict`, *optional*):
+                As for [`~transformers.PreTrainedModel.from_pretrained`].
+
+        Returns:
+            The model, in evaluation mode.
+
+        Raises:
+            ValueError: If the folder holds another kind of model, or weights that cannot be loaded.
+        """
+        return load_model(super().from_pretrained, name_or_path, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -194,6 +221,8 @@ def _check_values(logits: Tensor, labels: Tensor, problem: str) -> None:
         right, what = (labels.sum(1) - 1).abs() < 0.02, "soft targets that do not add up to 1"
         remedy = 'For several labels at once set `problem_type="multi_label_classification"`.'
     else:
+        if (labels == -100).all():
+            raise ValueError(f"`labels` hold no class: all {len(labels)} are -100, or there are none. Leave them out.")
         right = (labels >= 0) & (labels < classes) | (labels == -100)
         what = f"a class outside 0 to {classes - 1}"
         remedy = (

@@ -14,6 +14,15 @@ from .matching import MatchingSettings, match_segments
 from .unroll import StudentDerivatives
 
 
+try:
+    from hf_effml.utils.model_kinds import load_model
+except ImportError:  # a saved folder where the package is not installed
+
+    def load_model(load: Any, *args: Any, **options: Any) -> Any:  # type: ignore[misc]
+        """Loads a model as transformers does."""
+        return load(*args, **options)
+
+
 @dataclass
 class TrajectoryMatchingOutput(ModelOutput):
     """What [`DistilledDatasetModel`] returns.
@@ -62,12 +71,30 @@ class DistilledDatasetModel(PreTrainedModel):
 
     def __init__(self, config: DistilledDatasetConfig):
         # Fields may have been assigned since it was made, as `from_pretrained` does.
-        config.validate_shape()
+        config.validate()
         super().__init__(config)
         self.images = nn.Parameter(torch.empty(config.num_images, config.num_channels, *config.height_and_width))
         self.labels = nn.Parameter(torch.empty(config.num_images, config.num_labels))
         self.lr = nn.Parameter(torch.empty(()))
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Loads a saved model; weights that are damaged or have other shapes are named.
+
+        Args:
+            name_or_path (`str` or `Path`):
+                Folder or Hub id.
+            args, kwargs (`tuple`, `dict`, *optional*):
+                As for [`~transformers.PreTrainedModel.from_pretrained`].
+
+        Returns:
+            The model, in evaluation mode.
+
+        Raises:
+            ValueError: If the folder holds another kind of model, or weights that cannot be loaded.
+        """
+        return load_model(super().from_pretrained, name_or_path, *args, **kwargs)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Noise, one-hot labels as logits, and the initial step size."""

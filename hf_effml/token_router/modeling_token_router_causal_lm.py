@@ -16,6 +16,15 @@ from .patching import apply_token_router, find_decoder, is_patched, make_routing
 from .routing_report import RoutingReport
 
 
+try:
+    from hf_effml.utils.model_kinds import load_model
+except ImportError:  # a saved folder where the package is not installed
+
+    def load_model(load: Any, *args: Any, **options: Any) -> Any:  # type: ignore[misc]
+        """Loads a model as transformers does."""
+        return load(*args, **options)
+
+
 # For type checkers: the next class in line is that of the language model.
 _Model: Any = PreTrainedModel if TYPE_CHECKING else object
 
@@ -32,6 +41,24 @@ class _TokenRouterCheckpoint(_Model):
         base = fields.pop("base_model_name_or_path", None)
         apply_token_router(self, TokenRouterConfig(**fields))
         find_decoder(self).token_routing_hook.config.base_model_name_or_path = base
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Loads a saved model; weights that are damaged or have other shapes are named.
+
+        Args:
+            name_or_path (`str` or `Path`):
+                Folder or Hub id.
+            args, kwargs (`tuple`, `dict`, *optional*):
+                As for [`~transformers.PreTrainedModel.from_pretrained`].
+
+        Returns:
+            The model, in evaluation mode.
+
+        Raises:
+            ValueError: If the folder holds another kind of model, or weights that cannot be loaded.
+        """
+        return load_model(super().from_pretrained, name_or_path, *args, **kwargs)
 
     def initialize_weights(self) -> None:
         """Initialises what a checkpoint did not have."""

@@ -8,6 +8,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import (
     CONFIG_MAPPING,
@@ -17,7 +18,7 @@ from transformers import (
 )
 
 
-__all__ = ["check_model_type", "check_task", "load_weights", "read_config_dict", "state_dict_of"]
+__all__ = ["check_model_type", "check_task", "load_model", "load_weights", "read_config_dict", "state_dict_of"]
 
 _TASKS = {
     "AutoModelForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -154,6 +155,11 @@ def read_config_dict(
         values, unused = read(name_or_path, **options)
     except (TypeError, AttributeError) as error:  # of `"model_type" in None` and the like
         raise OSError(_no_configuration(name_or_path)) from error
+    except OSError as error:
+        # What transformers makes of text that is no JSON.
+        if isinstance(error.__context__, ValueError):
+            raise OSError(_no_configuration(name_or_path)) from error
+        raise
     if not isinstance(values, dict):
         raise OSError(_no_configuration(name_or_path))
     found = values.get("model_type")
@@ -166,6 +172,38 @@ def read_config_dict(
             "folder or Hub id of one."
         )
     return values, unused
+
+
+def load_model(load: Callable[..., Any], name_or_path: Any, *args: Any, **options: Any) -> Any:
+    """Calls a `from_pretrained`, and says so if the weights are damaged or do not go with the configuration.
+
+    Args:
+        load (`Callable`):
+            The `from_pretrained` of a model's base class.
+        name_or_path (`str` or `Path`):
+            Folder or Hub id.
+        args, options (`tuple`, `dict`, *optional*):
+            Passed on to `load`.
+
+    Returns:
+        `Any`: what `load` returns.
+
+    Raises:
+        ValueError: If weights are damaged or have other shapes.
+    """
+    try:
+        return load(name_or_path, *args, **options)
+    except SafetensorError as error:
+        for path in sorted(Path(name_or_path).glob("*.safetensors")):
+            _refuse_stand_ins(path)
+        raise ValueError(f"The weights of `{name_or_path}` are damaged: {error}. Get the folder again.") from error
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise ValueError(
+            f"The weights of `{name_or_path}` have other shapes than its configuration says; the report above lists "
+            "them. Pass fields that go with them, or `ignore_mismatched_sizes=True` to start these weights anew."
+        ) from error
 
 
 def load_weights(path: str | Path, allowed: Sequence[type] = ()) -> Any:
@@ -187,18 +225,7 @@ def load_weights(path: str | Path, allowed: Sequence[type] = ()) -> Any:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no file `{path}`. Download the weights first and pass their path.")
-    with path.open("rb") as file:
-        start = file.read(512)
-    if start.startswith(_LFS_POINTER):
-        raise ValueError(
-            f"`{path}` is the pointer that Git LFS keeps in place of a file, not the weights. Run `git lfs pull` in "
-            "its repository, or download the file itself."
-        )
-    if _WEB_PAGE.match(start):
-        raise ValueError(
-            f"`{path}` is a web page, not weights: the link that it was saved from leads to a page. Download the file "
-            "itself."
-        )
+    start = _refuse_stand_ins(path)
     try:
         if path.suffix == ".safetensors" or start[8:9] == b"{":
             return load_file(path)
@@ -214,6 +241,23 @@ def load_weights(path: str | Path, allowed: Sequence[type] = ()) -> Any:
     except Exception as error:  # a damaged file may fail in any way
         reason = str(error).partition("\n")[0] or "it ends too early"
         raise ValueError(f"`{path}` is damaged, or no file of torch: {reason}. Get it again.") from error
+
+
+def _refuse_stand_ins(path: Path) -> bytes:
+    """The beginning of a file, unless it is that of what is often found in its place."""
+    with path.open("rb") as file:
+        start = file.read(512)
+    if start.startswith(_LFS_POINTER):
+        raise ValueError(
+            f"`{path}` is the pointer that Git LFS keeps in place of a file, not the weights. Run `git lfs pull` in "
+            "its repository, or download the file itself."
+        )
+    if _WEB_PAGE.match(start):
+        raise ValueError(
+            f"`{path}` is a web page, not weights: the link that it was saved from leads to a page. Download the file "
+            "itself."
+        )
+    return start
 
 
 def state_dict_of(content: Any, source: Any, levels: Sequence[str] = ("state_dict",)) -> dict[str, Any]:

@@ -87,6 +87,8 @@ def _check_values(logits: Tensor, labels: Tensor, problem: str) -> None:
         right, what = (labels.sum(1) - 1).abs() < 0.02, "soft targets that do not add up to 1"
         remedy = 'For several labels at once set `problem_type="multi_label_classification"`.'
     else:
+        if (labels == -100).all():
+            raise ValueError(f"`labels` hold no class: all {len(labels)} are -100, or there are none. Leave them out.")
         right = (labels >= 0) & (labels < classes) | (labels == -100)
         what = f"a class outside 0 to {classes - 1}"
         remedy = (

@@ -35,6 +35,24 @@ _LARGEST_IMAGE, _MOST_LABELS, _MOST_WEIGHTS = 2**15, 2**20, 10**10
 _KINDS = ("vim", "rmeeto_vim", "dyvm")
 
 
+def check_classes(id2label: Any, num_labels: Any) -> None:
+    """Checks how the classes are named or counted, before transformers makes a table of them.
+
+    Args:
+        id2label (`dict`, *optional*):
+            Their names by number.
+        num_labels (`int`, *optional*):
+            How many there are.
+
+    Raises:
+        ValueError: If either is something else, or far too much.
+    """
+    if id2label is not None and not (isinstance(id2label, dict) and all(str(key).isdigit() for key in id2label)):
+        raise ValueError(f"`id2label` must map class numbers to names; got {str(id2label)[:200]}.")
+    if num_labels is not None and (type(num_labels) is not int or not 0 <= num_labels <= _MOST_LABELS):
+        raise ValueError(f"`num_labels` must be from 0 to {_MOST_LABELS}; got {num_labels!r}.")
+
+
 @strict
 class VimConfig(BackboneConfigMixin, PreTrainedConfig):
     r"""Configuration of [`VimModel`] and its heads.
@@ -157,8 +175,7 @@ class VimConfig(BackboneConfigMixin, PreTrainedConfig):
         self.patch_stride = self.patch_size if self.patch_stride is None else self.patch_stride
         if self.time_step_rank == "auto":
             self.time_step_rank = math.ceil(self.hidden_size / 16)
-        if kwargs.get("num_labels") not in range(_MOST_LABELS + 1) and kwargs.get("num_labels") is not None:
-            raise ValueError(f"`num_labels` must be from 0 to {_MOST_LABELS}; got {kwargs['num_labels']}.")
+        check_classes(self.id2label, kwargs.get("num_labels"))
         # A depth that is refused below needs no names.
         depth = min(self.num_hidden_layers, _LARGEST["num_hidden_layers"])
         self.stage_names = ["stem"] + [f"stage{index}" for index in range(1, depth + 1)]
@@ -173,7 +190,7 @@ class VimConfig(BackboneConfigMixin, PreTrainedConfig):
         return read_config_dict(super().get_config_dict, _KINDS, *args, **kwargs)
 
     def validate_architecture(self) -> None:
-        """Check ranges and combinations; called by `strict` on construction, and by the models."""
+        """Check ranges and combinations; called by `strict` on construction, and where a model is made."""
         for name, largest in _LARGEST.items():
             if not 1 <= getattr(self, name) <= largest:
                 raise ValueError(f"`{name}` must be from 1 to {largest}; got {getattr(self, name)}.")
@@ -213,7 +230,7 @@ class VimConfig(BackboneConfigMixin, PreTrainedConfig):
                 raise ValueError(f"`{name}` must be finite; got {getattr(self, name)}.")
         for name in ("layer_norm_eps", "time_step_floor", "initializer_range"):
             value = getattr(self, name)
-            if not (math.isfinite(value) and (value > 0 or name == "initializer_range" and value == 0)):
+            if not 0 < value < math.inf:
                 raise ValueError(f"`{name}` must be positive and finite; got {value}.")
         if not 0 < self.time_step_min <= self.time_step_max:
             raise ValueError(
@@ -257,4 +274,4 @@ class VimConfig(BackboneConfigMixin, PreTrainedConfig):
         return self.expand * self.hidden_size
 
 
-__all__ = ["PROBLEM_TYPES", "VimConfig"]
+__all__ = ["PROBLEM_TYPES", "VimConfig", "check_classes"]

@@ -108,17 +108,23 @@ def detect_vim_config(state: dict[str, Tensor], image_size: int = 224, **overrid
     Raises:
         ValueError: If keys are missing, or no patch stride fits the position table at `image_size`.
     """
-    needed = (
-        "patch_embed.proj.weight",
-        "layers.0.mixer.A_log",
-        "layers.0.mixer.conv1d.weight",
-        "layers.0.mixer.dt_proj.weight",
-    )
-    missing = [key for key in (*needed, "layers.0.mixer.in_proj.weight", "norm_f.weight") if key not in state]
+    needed = {
+        "patch_embed.proj.weight": 4,
+        "layers.0.mixer.A_log": 2,
+        "layers.0.mixer.conv1d.weight": 3,
+        "layers.0.mixer.dt_proj.weight": 2,
+        "layers.0.mixer.in_proj.weight": 2,
+        "norm_f.weight": 1,
+    }
+    missing = [key for key, axes in needed.items() if key not in state or state[key].dim() != axes]
     if missing:
         raise ValueError(
-            f"This is no Vim checkpoint; missing: {', '.join(missing)}. It starts with: {list(state)[:5]}."
+            f"This is no Vim checkpoint; missing or of another shape: {', '.join(missing)}. It starts with: "
+            f"{list(state)[:5]}."
         )
+    for key, axes in (("pos_embed", 3), ("head.weight", 2)):
+        if key in state and state[key].dim() != axes:
+            raise ValueError(f"`{key}` of a Vim has {axes} axes; got the shape {tuple(state[key].shape)}.")
     width, channels, patch_size, _ = state["patch_embed.proj.weight"].shape
     inner, states = state["layers.0.mixer.A_log"].shape
     position = "double" if "cls_token_head" in state else "middle" if "cls_token" in state else "none"
@@ -233,7 +239,11 @@ def convert_vim_checkpoint(
         indices = model.vim._cls_indices(old.num_patches)
         state["pos_embed"] = interpolate_positions(state["pos_embed"], indices, old.grid_size, config.grid_size)
     names = {key: f"classifier.{key[5:]}" if key.startswith("head.") else f"vim.{key}" for key in state}
-    report = model.load_state_dict({names[key]: value for key, value in state.items()}, strict=False)
+    try:
+        report = model.load_state_dict({names[key]: value for key, value in state.items()}, strict=False)
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[2].strip()[:300]
+        raise ValueError(f"{source} does not fit a Vim of its own first block: {reason}") from error
     if report.missing_keys or report.unexpected_keys:
         raise ValueError(
             f"{source} does not fit a Vim. Missing: {report.missing_keys or 'none'}; unexpected: "

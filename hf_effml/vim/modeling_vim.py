@@ -26,6 +26,15 @@ from .vim_blocks import (
 from .vim_run import TokenReducer, VimRun
 
 
+try:
+    from hf_effml.utils.model_kinds import load_model
+except ImportError:  # a saved folder where the package is not installed
+
+    def load_model(load: Any, *args: Any, **options: Any) -> Any:  # type: ignore[misc]
+        """Loads a model as transformers does."""
+        return load(*args, **options)
+
+
 # Files keep the official names; `load_state_dict` takes them, too.
 for _model_type in ("vim", "rmeeto_vim", "dyvm"):
     _names = [WeightRenaming(f"mixer.dt_proj{b}.bias", f"mixer.time_step{b}.bias") for b in ("", "_b")]
@@ -125,6 +134,24 @@ class VimPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["VimBlock"]
     _keep_in_fp32_modules_strict = ["A_log", "A_b_log", "mixer.D", "mixer.D_b", "time_step"]
 
+    @classmethod
+    def from_pretrained(cls, name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Loads a saved model; weights that are damaged or have other shapes are named.
+
+        Args:
+            name_or_path (`str` or `Path`):
+                Folder or Hub id.
+            args, kwargs (`tuple`, `dict`, *optional*):
+                As for [`~transformers.PreTrainedModel.from_pretrained`].
+
+        Returns:
+            The model, in evaluation mode.
+
+        Raises:
+            ValueError: If the folder holds another kind of model, or weights that cannot be loaded.
+        """
+        return load_model(super().from_pretrained, name_or_path, *args, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """As the official constructors do. Every module fills only its own parameters.
@@ -201,7 +228,7 @@ class VimEncoder(VimPreTrainedModel):
 
     def __init__(self, config: VimConfig):
         # Fields may have been assigned since it was made, as `from_pretrained` does.
-        config.validate_architecture()
+        config.validate()
         super().__init__(config)
         width = config.hidden_size
         self.patch_embed = VimPatchEmbeddings(config)

@@ -57,6 +57,7 @@ def test_the_loss_of_each_problem(case):
             r"outside 0 to 2: 751\. `num_labels` of the model is 3\. .*ignore_mismatched_sizes=True.*-100",
         ),
         (None, [0, -1], "outside 0 to 2: -1"),
+        (None, [-100, -100], "hold no class: all 2 are -100"),
         (None, [[1.0, 0, 1], [0, 1, 0]], r'add up to 1: .1.0, 0.0, 1.0.. .*`problem_type="multi_label_class'),
         (None, [[1, 0, 1], [0, 1, 0]], r"labels of shape \(2,\); got \(2, 3\) of torch.int64"),
         (None, [1.0, 2.0], r"soft targets of shape \(2, 3\); got \(2,\) of torch.float32"),
