@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
     for name in filter(None, (args.model, args.start)):
         check_model_type(name, ("vim", "rmeeto_vim", "dyvm"))
     processor = load_image_processor(args.model)
-    data = load_image_data(args.data, processor)
+    data = load_image_data(args.data, processor, only_test=True)
     models = {name: model.to(args.device).eval() for name, model in _variants(args).items()}
     report = evaluate_vim(models, data.test, args.batch_size, args.rounds, name="evaluate_dyvm")
     report.facts = {"model": args.model, "data": data.name} | report.facts

@@ -23,6 +23,7 @@ from hf_effml.methods import FOUNDATIONS, METHODS
 from hf_effml.utils.files import remove_leftovers, write_text
 from hf_effml.utils.imports import usable
 from hf_effml.utils.processes import only_run_in
+from hf_effml.utils.sources.class_labels import check_same_classes
 
 
 logger = logging.get_logger(__name__)
@@ -43,6 +44,8 @@ _ABOUT_THE_RUN = (
     "run_name",
     "save_",
 )
+# Of a configuration, what weights of another shape do not come from.
+_NO_SHAPE = ("architectures", "auto_map", "dtype", "label2id", "transformers_version")
 _SPEED_OF_EVALUATION = ("_runtime", "_per_second", "_time")
 
 
@@ -114,8 +117,13 @@ class EffMLTrainer(Trainer):
 
         Returns:
             `TrainOutput`: steps, loss and timings.
+
+        Raises:
+            ValueError: If the checkpoint is of a model of another kind, shape or classes, or another run is at work.
         """
         checkpoint = self.find_checkpoint(resume_from_checkpoint)
+        saved = {} if checkpoint is None else _saved_config(checkpoint)
+        _check_same_model(checkpoint, saved, self.model.config)
         alone = self.is_world_process_zero()
         with only_run_in(self.args.output_dir) if alone else nullcontext():
             if alone:
@@ -126,6 +134,10 @@ class EffMLTrainer(Trainer):
             except KeyboardInterrupt as error:
                 error.add_note(_how_to_go_on(self.args.output_dir))
                 raise
+            except RuntimeError as error:
+                if checkpoint is None or "loading state_dict" not in str(error):
+                    raise
+                raise ValueError(_other_shape(checkpoint, saved, self.model.config)) from error
 
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
         """Creates the repository and keeps the pickled arguments, which hold paths and maybe a token, out of it.
@@ -264,6 +276,35 @@ def _how_to_go_on(folder: str | Path) -> str:
     if checkpoint is None:
         return "There is no checkpoint yet to go on from; `--save_steps` says how often one is written."
     return f"The same command with `--resume_from_checkpoint true` goes on from `{checkpoint}`."
+
+
+def _saved_config(checkpoint: str) -> dict[str, Any]:
+    """The configuration in a checkpoint; empty where it has none, as that of an adapter."""
+    path = Path(checkpoint, "config.json")
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _check_same_model(checkpoint: str | None, saved: Mapping[str, Any], config: Any) -> None:
+    """Refuses what would be loaded without a word, and mean something else."""
+    if saved.get("model_type", config.model_type) != config.model_type:
+        raise ValueError(
+            f"`resume_from_checkpoint`: `{checkpoint}` holds a `{saved['model_type']}`; this run trains a "
+            f"`{config.model_type}`. Choose another `output_dir`, or leave the option out to start anew."
+        )
+    names = saved.get("id2label") or {}
+    if len(names) == len(config.id2label or {}):
+        known = [names[number] for number in sorted(names, key=int)]
+        check_same_classes(f"The checkpoint `{checkpoint}` and the model that goes on from it", known, config)
+
+
+def _other_shape(checkpoint: str, saved: Mapping[str, Any], config: Any) -> str:
+    now = json.loads(config.to_json_string(use_diff=False))
+    names = [name for name in saved if name in now and saved[name] != now[name] and name not in _NO_SHAPE]
+    what = ", ".join(f"`{name}` was {str(saved[name])[:80]} and is {str(now[name])[:80]}" for name in names)
+    return (
+        f"`resume_from_checkpoint`: the weights of `{checkpoint}` do not fit this model"
+        f"{f': {what}' if what else ''}. Give the options and data of then, or leave it out to start anew."
+    )
 
 
 def _is_complete(checkpoint: Path) -> bool:

@@ -1,6 +1,7 @@
 """What programs share that train image models: the data, the Vim to start from, and what is said at the end."""
 
 import copy
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from importlib import import_module
@@ -100,12 +101,14 @@ def load_start(
     data = load_image_data(script.data, processor, augmentation, seed=args.seed)
     options = {} if script.drop_path_rate is None else {"drop_path_rate": script.drop_path_rate}
     vim = VimForImageClassification.from_pretrained(start, **options)
-    if vim.config.num_labels != len(data.labels):
+    try:
+        # Images of some of its classes will do.
+        data = data.aligned_to(vim.config)
+    except ValueError as error:
         raise ValueError(
-            f"`{start}` knows {vim.config.num_labels} classes, `{data.name}` has {len(data.labels)}. Fine-tune it "
-            f"first: `hf-effml train vim --model_name_or_path {start} --data {script.data}`."
-        )
-    data = data.aligned_to(vim.config)
+            f"{error} That is `hf-effml train vim --model_name_or_path {shlex.quote(start)} --data "
+            f"{shlex.quote(script.data)}`."
+        ) from error
     return build(vim), data, trainer_options(augmentation, args, data, processor)
 
 

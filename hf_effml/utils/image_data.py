@@ -246,7 +246,11 @@ def load_image_processor(name_or_path: str) -> Any:
 
 
 def load_image_data(
-    name_or_path: str, processor: Any, augmentation: Augmentation | None = None, seed: int = 0
+    name_or_path: str,
+    processor: Any,
+    augmentation: Augmentation | None = None,
+    seed: int = 0,
+    only_test: bool = False,
 ) -> ImageData:
     """Loads images for training and for testing.
 
@@ -262,6 +266,8 @@ def load_image_data(
             How training images are changed.
         seed (`int`, *optional*, defaults to 0):
             Seed of the augmentation.
+        only_test (`bool`, *optional*, defaults to `False`):
+            Whether images to test on are enough, as for an evaluation.
 
     Returns:
         [`ImageData`]
@@ -286,7 +292,7 @@ def load_image_data(
         test: Any
         train, test, labels = _load_digits()
     else:
-        splits = load_image_splits(name_or_path)
+        splits = load_image_splits(name_or_path, only_test=only_test)
         train, test, labels, hub_id = splits.train, splits.test, splits.labels, splits.hub_id
     name = Path(name_or_path).name if hub_id is None else hub_id
     return ImageData(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .sources.split_files import find_data
 from .sources.text_files import need_columns, read_table
 from .sources.text_splits import find_text, hold_out_texts, load_text_splits, rows_of_the_hub
 
@@ -105,7 +106,8 @@ def load_text(name_or_path: str, column: str = "text") -> TextData:
             f"`{name_or_path}` must have texts to train and to test on; it has {len(train)}, {len(test)}. Texts "
             "without a test split must be five or more, or one of several lines."
         )
-    hub_id = None if name_or_path == "pydoc" or path is not None else name_or_path.partition(":")[0]
+    base = name_or_path.partition(":")[0]
+    hub_id = None if name_or_path == "pydoc" or path is not None or find_data(base) is not None else base
     is_file = path is not None and path.is_file()
     name = f"{path.resolve().parent.name}/{path.stem}" if path is not None and is_file else Path(name_or_path).name
     return TextData(hub_id or name, train, test, hub_id)

@@ -7,6 +7,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hf_effml import (
+    RMeeToTrainer,
+    RMeeToTrainingArguments,
+    RMeeToVimForImageClassification,
+    VimConfig,
+    VimForImageClassification,
+    VimTrainer,
+    VimTrainingArguments,
+    load_image_data,
+    vim_image_processor,
+)
 from processes import Job
 
 
@@ -98,3 +109,27 @@ def test_killed_and_resumed_equals_straight(straight, tmp_path, kill_at):
     assert log(folder, kill_at) == log(straight, kill_at)
     # A DyVM's gates are set at the end.
     assert config(folder) == config(straight)
+
+
+def test_what_a_checkpoint_cannot_go_on_as(tmp_path):
+    """Other classes would be loaded without a word; other shapes end deep inside."""
+    data = load_image_data("digits", vim_image_processor(8, crop_share=1.0))
+    rows = [data.train[number] for number in range(8)]
+    shape = {"image_size": 8, "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 4, "state_size": 4}
+
+    def train(config, resume, kind=VimTrainer, merged=False):
+        vim = VimForImageClassification(config)
+        model = RMeeToVimForImageClassification.from_vim(vim, merge_r=1) if merged else vim
+        how = {"max_steps": 1, "save_steps": 1, "report_to": "none", "use_cpu": True, "disable_tqdm": True}
+        args = (RMeeToTrainingArguments if merged else VimTrainingArguments)(str(tmp_path), **how)
+        kind(model, args, train_dataset=rows).train(resume_from_checkpoint=resume)
+
+    train(VimConfig(**shape, **data.label_fields), False)
+    letters = {number: letter for number, letter in enumerate("abcdefghij")}
+    with pytest.raises(ValueError, match="checkpoint-1` and the model .* got `0`, `1`.* and `a`, `b`"):
+        train(VimConfig(**shape, id2label=letters), True)
+    with pytest.raises(ValueError, match="checkpoint-1` do not fit this model: `hidden_size` was 16 and is 32"):
+        train(VimConfig(**shape | {"hidden_size": 32}, **data.label_fields), True)
+    with pytest.raises(ValueError, match="holds a `vim`; this run trains a `rmeeto_vim`"):
+        train(VimConfig(**shape, **data.label_fields), True, RMeeToTrainer, merged=True)
+    train(VimConfig(**shape, **data.label_fields), True)

@@ -9,7 +9,7 @@ from helpers import require_package
 from hf_effml import load_image_data, load_real_images, vim_image_processor
 from hf_effml.distillation.image_pixels import images_to_pixels
 from hf_effml.utils.image_data import ImageSplit
-from hf_effml.utils.sources import image_splits
+from hf_effml.utils.sources import class_labels, image_splits
 from hf_effml.utils.sources.image_table import image_to_rgb
 
 
@@ -282,3 +282,58 @@ def test_animated_and_large_images(pictures):
     # In the order of their names: 1.gif, 1.png, 2.png, 3.png.
     data = load_image_data(str(folder), PROCESSOR)
     assert shades(data.train) == [7, 0, 9, 2] and data.train[2]["pixel_values"].shape == (3, 8, 8)
+
+
+def test_names_of_folders(pictures, tmp_path):
+    names = [f"{split}/{number}/1.png" for split in ("train", "val") for number in (0, 2, 10)]
+    data = load_image_data(str(pictures(*names)), PROCESSOR)
+    assert data.labels == ["0", "2", "10"]
+    assert dict(zip(numbers(data.test), shades(data.test), strict=True)) == {0: 3, 1: 4, 2: 5}
+    # The same letters, as archives of macOS write them, and a class with underscores.
+    names = ["train/caf\u00e9/1.png", "train/__other__/1.png", "__MACOSX/train/x/1.png"]
+    data = load_image_data(
+        str(pictures(*names, "val/cafe\u0301/1.png", "val/__other__/2.png", folder="mac")), PROCESSOR
+    )
+    assert data.labels == ["__other__", "caf\u00e9"] and numbers(data.test) == [0, 1]
+
+
+@pytest.mark.parametrize("twin", ["Guinea Pig", "guinea_pig", "guinea-pig", "guinea pig "])
+def test_classes_that_splits_spell_otherwise(pictures, twin, monkeypatch):
+    names = ["train/guinea pig/1.png", "train/c/1.png", f"val/{twin}/1.png", "val/c/1.png"]
+    with pytest.raises(ValueError, match="nothing would be trained on the one .* Spell both alike"):
+        load_image_data(str(pictures(*names)), PROCESSOR)
+    # Capitals may tell classes apart.
+    names = [f"{split}/{letter}/1.png" for split in ("train", "val") for letter in "aA"]
+    assert load_image_data(str(pictures(*names, folder="letters")), PROCESSOR).labels == ["A", "a"]
+    said = []
+    monkeypatch.setattr(class_labels.logger, "warning", said.append)
+    names = ["train/c/1.png", "val/c/1.png", "val/c++/1.png"]
+    assert load_image_data(str(pictures(*names, folder="more")), PROCESSOR).labels == ["c", "c++"]
+    assert said == [
+        f"The split `train` of `{pictures(folder='more')}` has no image of classes that `validation` has: `c++`."
+    ]
+
+
+def test_folders_that_name_no_class_and_pictures_that_nothing_reads(pictures, tmp_path, monkeypatch):
+    names = [f"{split}/{label}/images/1.png" for split in ("train", "val") for label in ("n01", "n02")]
+    with pytest.raises(ValueError, match="would be of one class, `images`.* Move the images up"):
+        load_image_data(str(pictures(*names)), PROCESSOR)
+    said = []
+    monkeypatch.setattr(image_splits.logger, "warning", said.append)
+    folder = pictures("train/a/1.png", "val/a/1.png", folder="phone")
+    (folder / "train" / "a" / "2.HEIC").write_bytes(b"ftyp")
+    assert len(load_image_data(str(folder), PROCESSOR).train) == 1 and "1 pictures" in said[0] and "2.HEIC" in said[0]
+    (tmp_path / "raw" / "a").mkdir(parents=True)
+    (tmp_path / "raw" / "a" / "1.heic").write_bytes(b"ftyp")
+    with pytest.raises(ValueError, match="1.heic`, are of a kind that Pillow does not read. Convert them"):
+        load_image_data(str(tmp_path / "raw"), PROCESSOR)
+
+
+def test_images_to_test_on_are_enough_for_an_evaluation(pictures):
+    folder = str(pictures("val/a/1.png", "val/b/1.png"))
+    with pytest.raises(ValueError, match="must have a split `train`"):
+        load_image_data(folder, PROCESSOR)
+    data = load_image_data(folder, PROCESSOR, only_test=True)
+    assert len(data.train) == 0 and numbers(data.test) == [0, 1] and data.labels == ["a", "b"]
+    with pytest.raises(ValueError, match="name of the data is empty"):
+        load_image_data("", PROCESSOR)

@@ -85,3 +85,32 @@ def test_questions_without_an_answer(tmp_path):
         assert len(load_multiple_choice(str(tmp_path / f"{number}.parquet"), limit=1)) == 1
         with pytest.raises(ValueError, match=r"parquet`, row 1, is no question with choices and the number of the"):
             load_multiple_choice(str(tmp_path / f"{number}.parquet"))
+
+
+def test_files_that_lie_beside_texts(tmp_path):
+    for name in ("LICENSE.txt", "requirements.txt", "notes.txt"):
+        (tmp_path / name).write_text("a\n" * 20)
+    (tmp_path / "train.jsonl").write_text(lines(*"abcde"))
+    assert load_text(str(tmp_path)).test == ["e"]
+    (tmp_path / "notes.txt").unlink()
+    (tmp_path / "train.jsonl").rename(tmp_path / "tales.jsonl")
+    (tmp_path / "config.json").write_text("{}")
+    assert load_text(str(tmp_path)).test == ["e"]
+
+
+def test_the_card_says_which_texts_are_for_testing(tmp_path, monkeypatch):
+    datasets = require_package("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder, parts = tmp_path / "tales", ("first", "second")
+    folder.mkdir()
+    for name in ("a", "b"):
+        (folder / f"{name}.jsonl").write_text(lines(name))
+    files = "- config_name: {}\n  data_files: [{{split: train, path: a.jsonl}}, {{split: test, path: b.jsonl}}]\n"
+    (folder / "README.md").write_text(f"---\nconfigs:\n{files.format('default')}---\n")
+    data = load_text(str(folder))
+    assert (data.train, data.test, data.hub_id) == (["a"], ["b"], None)
+    (folder / "README.md").write_text(f"---\nconfigs:\n{''.join(map(files.format, parts))}---\n")
+    with pytest.raises(ValueError, match="pick one among .*'first', 'second'.* For example, `.*tales:first`"):
+        load_text(str(folder))
+    data = load_text(f"{folder}:second")
+    assert (data.train, data.test, data.hub_id, data.name) == (["a"], ["b"], None, "tales:second")

@@ -1,13 +1,25 @@
 """Classes of images: their numbers and names, the same in all splits, and their place among those of a model."""
 
 import re
-from collections.abc import Mapping, Sequence
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from transformers.utils import logging
 
 
-__all__ = ["ClassNumbers", "are_names", "check_same_classes", "known_classes", "match_classes", "number_classes"]
+__all__ = [
+    "ClassNumbers",
+    "are_names",
+    "check_same_classes",
+    "in_order",
+    "known_classes",
+    "match_classes",
+    "number_classes",
+]
+
+logger = logging.get_logger(__name__)
 
 _SHOWN = 12
 
@@ -49,7 +61,7 @@ def number_classes(name: str, splits: Mapping[str, Any], column: str, used: Sequ
         [`ClassNumbers`]: with the numbers of the splits used.
 
     Raises:
-        ValueError: If a row has no class, or the column holds no classes.
+        ValueError: If a row has no class, the column holds no classes, or two splits spell a class otherwise.
     """
     feature = splits[used[0]].features[column]
     values = {split: list(rows[column]) for split, rows in splits.items()}
@@ -60,18 +72,30 @@ def number_classes(name: str, splits: Mapping[str, Any], column: str, used: Sequ
     elif kind == "bool":
         names, order = ["False", "True"], [False, True]
     else:
-        negative = kind == "int"
         found = {each for rows in values.values() for each in rows if each is not None}
-        # Texts such as "10" are numbers that somebody has saved as texts.
-        as_number = kind != "int" and all(re.fullmatch("0|[1-9][0-9]*", str(each)) for each in found)
-        order = sorted((each for each in found if not negative or each >= 0), key=int if as_number else None)
+        order = sorted(each for each in found if each >= 0) if kind == "int" else in_order(found)
         names = [str(each) for each in order]
     numbers = {each: number for number, each in enumerate(order)}
     for split in used:
         _check(name, split, values[split], numbers)
     ids = order if kind == "int" else list(range(len(order)))
     found_numbers = {split: np.array([numbers[each] for each in values[split]], dtype=np.int64) for split in used}
+    _check_taught(name, names, found_numbers)
     return ClassNumbers(names, ids, found_numbers)
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Sorts names of classes, as numbers if all of them are some: `"10"` is one that somebody has saved as a text.
+
+    Args:
+        names (`Iterable[str]`):
+            The names.
+
+    Returns:
+        `list[str]`: sorted.
+    """
+    names = list(names)
+    return sorted(names, key=int if all(re.fullmatch("0|[1-9][0-9]*", each) for each in names) else None)
 
 
 def known_classes(config: Any) -> list[str]:
@@ -187,6 +211,32 @@ def _check(name: str, split: str, values: Sequence[Any], numbers: Mapping[Any, i
             f"first in row {wrong[0]} of the split `{split}`. Take a data set whose {split} images are labelled, or "
             "leave those rows out."
         )
+
+
+def _check_taught(name: str, names: Sequence[str], numbers: Mapping[str, np.ndarray]) -> None:
+    """Classes to test on need images to train on; where those are spelled otherwise, two names are one class."""
+    train, *tests = numbers
+    taught = set(numbers[train].tolist())
+    for test in tests:
+        met = set(numbers[test].tolist())
+        twins = {_spelling(names[number]): names[number] for number in taught - met}
+        for number in sorted(met - taught):
+            twin = twins.get(_spelling(names[number]))
+            if twin is not None:
+                raise ValueError(
+                    f"The split `{test}` of `{name}` has a class {names[number]!r} where `{train}` has {twin!r}: "
+                    "nothing would be trained on the one or tested on the other. Spell both alike."
+                )
+        if met - taught:
+            logger.warning(
+                f"The split `{train}` of `{name}` has no image of classes that `{test}` has: "
+                f"{_listed([names[number] for number in sorted(met - taught)])}."
+            )
+
+
+def _spelling(name: str) -> str:
+    """What is left of a name without capitals, spaces and hyphens."""
+    return re.sub(r"[\s_]+|(?<=\w)-(?=\w)", "", unicodedata.normalize("NFKC", name).casefold())
 
 
 def _listed(names: Sequence[str]) -> str:

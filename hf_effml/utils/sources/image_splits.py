@@ -13,12 +13,13 @@ from transformers.utils import logging
 
 from hf_effml.utils.imports import require
 
-from .class_labels import number_classes
+from .class_labels import in_order, number_classes
 from .image_table import ImageTable
 from .split_files import (
     DATA_VARIABLE,
     check_overlap,
     find_data,
+    lists_files,
     split_class_folders,
     split_folders,
     split_tables,
@@ -31,6 +32,8 @@ __all__ = ["ImageSplits", "load_image_splits"]
 logger = logging.get_logger(__name__)
 
 _IMAGE_COLUMNS, _LABEL_COLUMNS = ("image", "img"), ("label", "labels", "fine_label")
+# Kinds of pictures that need a package or program of their own to be read.
+_UNREAD = (".heic", ".heif", ".svg", ".dng", ".raw", ".cr2", ".nef", ".arw", ".psd")
 _TEST_SPLITS = ("validation", "valid", "test")
 _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 # Where there is no split to test on, this share of every class is held out, always the same images: what was trained
@@ -64,7 +67,7 @@ class ImageSplits:
     revision: str | None = None
 
 
-def load_image_splits(name_or_path: str, revision: str | None = None) -> ImageSplits:
+def load_image_splits(name_or_path: str, revision: str | None = None, only_test: bool = False) -> ImageSplits:
     """Finds a data set of images in a folder or on the Hub.
 
     Args:
@@ -72,6 +75,8 @@ def load_image_splits(name_or_path: str, revision: str | None = None) -> ImageSp
             See [`load_image_data`].
         revision (`str`, *optional*):
             Commit, tag or branch on the Hub.
+        only_test (`bool`, *optional*, defaults to `False`):
+            Whether images to test on are enough; those to train on are none where there is no split of them.
 
     Returns:
         [`ImageSplits`]
@@ -94,20 +99,23 @@ def load_image_splits(name_or_path: str, revision: str | None = None) -> ImageSp
         raise ValueError(f"`{name_or_path}` must be a folder of images or parquet files; it is a file.")
     splits = _from_hub(name_or_path, revision) if folder is None else _from_folder(name_or_path, folder)
     test = next((split for split in _TEST_SPLITS if split in splits), None)
-    if "train" not in splits or (test is None and len(splits) > 1):
+    only_test = only_test and test is not None and "train" not in splits
+    if not only_test and ("train" not in splits or (test is None and len(splits) > 1)):
         raise ValueError(
             f"`{name_or_path}` must have a split `train` and a split `validation` or `test`; it has "
             f"`{'`, `'.join(splits)}`."
         )
-    used = ["train"] if test is None else ["train", test]
+    used = [split for split in ("train", test) if split is not None and split in splits]
     for split in used:
         if not len(splits[split]):
             raise ValueError(f"The split `{split}` of `{name_or_path}` is empty.")
-    label = column_of(name_or_path, splits["train"].features, _LABEL_COLUMNS)
+    label = column_of(name_or_path, splits[used[0]].features, _LABEL_COLUMNS)
     classes = number_classes(name_or_path, splits, label, used)
     tables = [_table(name_or_path, split, splits[split], classes.numbers[split]) for split in used]
     if test is None:
         tables = list(_hold_out(name_or_path, tables[0]))
+    elif only_test:
+        tables = [tables[0].select([]), tables[0]]
     else:
         check_overlap(name_or_path, {split: table.paths() for split, table in zip(used, tables, strict=True)})
     return ImageSplits(
@@ -116,7 +124,7 @@ def load_image_splits(name_or_path: str, revision: str | None = None) -> ImageSp
         labels=classes.names,
         ids=classes.ids,
         hub_id=name_or_path if folder is None else None,
-        revision=_commit(splits["train"]) if folder is None else None,
+        revision=_commit(splits[used[0]]) if folder is None else None,
     )
 
 
@@ -161,7 +169,8 @@ def _load(name: str, kind: str, placed: Mapping[str, list[Path]] | None = None) 
         return require("datasets").load_dataset(kind, **({"data_files": files} if files else {}))
     except Exception as error:
         raise ValueError(
-            f"`{name}` cannot be read as a data set of images: {_first_line(error.__cause__ or error)}."
+            f"`{name}` cannot be read as a data set of images: {_first_line(error.__cause__ or error)}. Unpack "
+            "archives, and let images lie as in `train/CLASS/1.png` and `test/CLASS/2.png`, or as in `CLASS/1.png`."
         ) from error
 
 
@@ -178,7 +187,8 @@ def _from_folder(name: str, folder: Path) -> Mapping[str, Any]:
     for file in images if len(images) > len(tables) else tables:
         if not file.stat().st_size:
             raise ValueError(f"`{file}` is empty. Replace or remove it.")
-    if _lists_files(folder) or not (images or tables):
+    _announce_unread(name, files, endings, bool(images or tables))
+    if lists_files(folder) or not (images or tables):
         return _load(name, str(folder))
     if len(tables) >= len(images):
         placed = split_tables(name, folder, tables)
@@ -187,7 +197,7 @@ def _from_folder(name: str, folder: Path) -> Mapping[str, Any]:
     if described:
         return _load(name, "imagefolder", split_folders(folder, [*images, *described]))
     by_class = split_class_folders(name, folder, images)
-    names = sorted({label for each in by_class.values() for _, label in each})
+    names = in_order({label for each in by_class.values() for _, label in each})
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
     columns = {
         split: {"image": [str(file) for file, _ in each], "label": [label for _, label in each]}
@@ -196,13 +206,15 @@ def _from_folder(name: str, folder: Path) -> Mapping[str, Any]:
     return {split: datasets.Dataset.from_dict(each, features=features) for split, each in columns.items()}
 
 
-def _lists_files(folder: Path) -> bool:
-    """Whether a card says which files are which split."""
-    card = folder / "README.md"
-    if not card.is_file():
-        return False
-    head = re.match(r"---\s*\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
-    return head is not None and re.search(r"^(configs|data_files):", head[1], re.MULTILINE) is not None
+def _announce_unread(name: str, files: list[Path], endings: set[str], others: bool) -> None:
+    """Says which pictures are left out because nothing here can read them."""
+    unread = [file for file in files if file.suffix.lower() in _UNREAD and file.suffix.lower() not in endings]
+    if not unread:
+        return
+    what = f"{len(unread)} pictures of `{name}`, the first `{unread[0]}`, are of a kind that Pillow does not read"
+    if not others:
+        raise ValueError(f"{what}. Convert them to JPEG or PNG.")
+    logger.warning(f"{what}, and are left out. Convert them to JPEG or PNG.")
 
 
 def _check_same_classes(name: str, placed: Mapping[str, list[Path]]) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -10,6 +11,8 @@ __all__ = [
     "DATA_VARIABLE",
     "check_overlap",
     "find_data",
+    "lists_files",
+    "names_split",
     "split_class_folders",
     "split_folders",
     "split_tables",
@@ -22,6 +25,8 @@ _SPLIT_OF |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
 _SPLIT_OF |= dict.fromkeys(("test", "testing", "eval", "evaluation"), "test")
 # As `datasets` names the pieces of a split, and what it takes for the end of a word.
 _PIECE = re.compile(r"(.+)-\d{5}-of-\d{5}.*", re.DOTALL)
+# What macOS and Python leave behind; other names with two underscores may be classes.
+_LEFTOVERS = ("__MACOSX", "__pycache__")
 _SEPARATORS = re.compile(r"[-._ 0-9]+")
 
 
@@ -34,7 +39,12 @@ def find_data(name_or_path: str) -> Path | None:
 
     Returns:
         `Path` or `None`: `None` if there is none.
+
+    Raises:
+        ValueError: If the path is empty: that would be the folder that the program runs in.
     """
+    if not name_or_path.strip():
+        raise ValueError("The name of the data is empty. Give a folder, a file or an id on the Hub.")
     candidates = [Path(name_or_path).expanduser()]
     if os.environ.get(DATA_VARIABLE):
         candidates.append(Path(os.environ[DATA_VARIABLE]).expanduser() / name_or_path)
@@ -59,7 +69,7 @@ def visible_files(folder: Path) -> list[Path]:
         if real in above:
             return
         for child in place.iterdir():
-            if child.name.startswith((".", "__")):
+            if child.name.startswith(".") or child.name in _LEFTOVERS:
                 continue
             if child.is_dir():
                 walk(child, (*above, real))
@@ -68,6 +78,24 @@ def visible_files(folder: Path) -> list[Path]:
 
     walk(folder, ())
     return sorted(found, key=str)
+
+
+def lists_files(folder: Path) -> bool:
+    """Says whether the card of a data set lists which files are which split.
+
+    Args:
+        folder (`Path`):
+            The data set.
+
+    Returns:
+        `bool`: the answer; names of files mean nothing then.
+    """
+    card = folder / "README.md"
+    if not card.is_file():
+        return False
+    text = card.read_text(encoding="utf-8-sig", errors="replace")
+    head = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
+    return head is not None and re.search(r"^(configs|data_files):", head[1], re.MULTILINE) is not None
 
 
 def split_class_folders(name: str, folder: Path, files: Iterable[Path]) -> dict[str, list[tuple[Path, str]]]:
@@ -97,19 +125,20 @@ def split_class_folders(name: str, folder: Path, files: Iterable[Path]) -> dict[
         if split is None:
             stray.append(file)
         else:
-            placed.setdefault(split, []).append((file, above[-1]))
+            placed.setdefault(split, []).append((file, _class_of(file)))
     if placed:
         # What lies beside the splits belongs to none, but directly in one of them a class is missing.
         bare = [file for file in stray if file.parent.name.lower() in _SPLIT_OF]
     else:
-        placed = {"train": [(file, file.parent.name) for file in stray]}
+        placed = {"train": [(file, _class_of(file)) for file in stray]}
         bare = [file for file in stray if file.parent == folder]
         if all(label.lower() in _SPLIT_OF for _, label in placed["train"]):
             bare = stray
     if bare:
         raise ValueError(
             f"`{bare[0]}` lies in no folder that names its class. Images of `{name}` lie as in "
-            "`train/CLASS/1.png` and `test/CLASS/2.png`, or as in `CLASS/1.png`."
+            "`train/CLASS/1.png` and `test/CLASS/2.png`, or as in `CLASS/1.png`; or a file `metadata.csv` beside them "
+            "has the columns `file_name` and `label`."
         )
     _check_depths(name, folder, placed)
     return _train_first(placed)
@@ -135,14 +164,7 @@ def split_tables(name: str, folder: Path, files: Iterable[Path]) -> dict[str, li
     files = list(files)
     placed: dict[str, list[Path]] = {}
     for file in files:
-        above = _words(file.relative_to(folder).parts[:-1])
-        piece = _PIECE.fullmatch(file.stem)
-        if above:
-            found = set(above[:1])
-        elif piece is not None:
-            found = {_SPLIT_OF.get(piece[1].lower(), piece[1])}
-        else:
-            found = set(_words((file.stem,)))
+        found = _splits_of(folder, file)
         if len(found) > 1:
             raise ValueError(
                 f"`{file}` of `{name}` is named after the splits {' and '.join(sorted(found))}. Name it after one."
@@ -150,6 +172,21 @@ def split_tables(name: str, folder: Path, files: Iterable[Path]) -> dict[str, li
         for split in found:
             placed.setdefault(split, []).append(file)
     return _train_first(placed) or {"train": files}
+
+
+def names_split(folder: Path, file: Path) -> bool:
+    """Says whether a file of many rows is named after a split, as [`split_tables`] sees it.
+
+    Args:
+        folder (`Path`):
+            The data set.
+        file (`Path`):
+            The file.
+
+    Returns:
+        `bool`: the answer.
+    """
+    return bool(_splits_of(folder, file))
 
 
 def split_folders(folder: Path, files: Iterable[Path]) -> dict[str, list[Path]]:
@@ -209,6 +246,21 @@ def _exists(path: Path) -> bool:
         return False
 
 
+def _splits_of(folder: Path, file: Path) -> set[str]:
+    above = _words(file.relative_to(folder).parts[:-1])
+    piece = _PIECE.fullmatch(file.stem)
+    if above:
+        return set(above[:1])
+    if piece is not None:
+        return {_SPLIT_OF.get(piece[1].lower(), piece[1])}
+    return set(_words((file.stem,)))
+
+
+def _class_of(file: Path) -> str:
+    """The name of its folder; macOS and archives write the same letters in two ways."""
+    return unicodedata.normalize("NFC", file.parent.name)
+
+
 def _words(parts: Iterable[str]) -> list[str]:
     """The splits that names contain as words."""
     words = (word for part in parts for word in _SEPARATORS.split(part.lower()))
@@ -217,6 +269,11 @@ def _words(parts: Iterable[str]) -> list[str]:
 
 def _check_depths(name: str, folder: Path, placed: Mapping[str, list[tuple[Path, str]]]) -> None:
     for files in placed.values():
+        if len({label for _, label in files}) == 1 and len({file.parent for file, _ in files}) > 1:
+            raise ValueError(
+                f"All images of `{name}`, as `{files[0][0]}`, would be of one class, `{files[0][1]}`: the folder of "
+                "an image names its class. Move the images up into the folders of their classes."
+            )
         depths = {len(file.relative_to(folder).parts): file for file, _ in files}
         if len(depths) > 1:
             first, second = sorted(depths.values(), key=lambda file: len(file.parts))[:2]

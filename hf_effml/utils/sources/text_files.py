@@ -9,13 +9,26 @@ from typing import Any
 
 from hf_effml.utils.imports import require
 
-from .split_files import check_overlap, split_tables, visible_files
+from .split_files import check_overlap, lists_files, names_split, split_tables, visible_files
 
 
 __all__ = ["TEXT_FILES", "checked_texts", "need_columns", "read_table", "read_text_folder", "read_texts"]
 
-# Of a folder, files of the kind that there are most of are read, and of the first of these where there are as many.
+# Of a folder, files of one kind are read: of that which has files named after splits, of which there are most, and of
+# the first of these where there are as many.
 TEXT_FILES = (".parquet", ".jsonl", ".txt", ".json")
+# What lies beside texts and is none of them.
+_BESIDE = (
+    "readme",
+    "license",
+    "licence",
+    "notice",
+    "changelog",
+    "requirements",
+    "config",
+    "dataset_info",
+    "dataset_infos",
+)
 
 
 def read_texts(path: Path, column: str, name: str | None = None) -> list[str]:
@@ -65,16 +78,19 @@ def read_text_folder(name: str, folder: Path, column: str) -> dict[str, list[str
             Where the texts stand in tables.
 
     Returns:
-        `dict[str, list[str]]` or `None`: the texts of every split; `None` if there is no file that could hold some.
+        `dict[str, list[str]]` or `None`: the texts of every split; `None` if there is no file that could hold
+        some, or the card lists them: those are for `datasets` to read.
 
     Raises:
         ValueError: If a file cannot be read, or belongs to two splits.
     """
     files = [file for file in visible_files(folder) if file.suffix.lower() in TEXT_FILES]
-    if not files:
+    files = [file for file in files if file.stem.lower() not in _BESIDE]
+    if not files or lists_files(folder):
         return None
     counts = Counter(file.suffix.lower() for file in files)
-    ending = max(TEXT_FILES, key=lambda each: (counts[each], -TEXT_FILES.index(each)))
+    named = {file.suffix.lower() for file in files if names_split(folder, file)}
+    ending = max(TEXT_FILES, key=lambda each: (each in named, counts[each], -TEXT_FILES.index(each)))
     placed = split_tables(name, folder, [file for file in files if file.suffix.lower() == ending])
     check_overlap(name, placed)
     return {split: [text for file in each for text in read_texts(file, column)] for split, each in placed.items()}
