@@ -10,6 +10,7 @@ from torch import nn
 
 import hf_effml
 from helpers import require_package, tiny_vim_config
+from hf_effml.cli.start_model import StartArguments, load_start
 from hf_effml.distillation.evaluation.measure import evaluate_distilled
 from hf_effml.distillation.evaluation.training_sets import as_training_set
 from hf_effml.distillation.publishing.origin import find_images
@@ -144,6 +145,23 @@ def test_training_a_vim_further(labelled, tmp_path, capsys):
     assert accuracy < 1 and [*further.config.id2label.values()] == ["w", "x", "y", "z"]
     assert torch.equal(further.vim.layers[0].mixer.D, model.vim.layers[0].mixer.D)
     assert not torch.allclose(further.classifier.weight, model.classifier.weight, atol=1e-3)
+
+
+def test_some_of_a_vims_classes_do(labelled, tmp_path):
+    model, _, _ = labelled
+    model.save_pretrained(tmp_path / "model")
+    PROCESSOR.save_pretrained(tmp_path / "model")
+    for split in ("train", "val"):
+        for name in ("dog", "bee"):
+            (tmp_path / "two of them" / split / name).mkdir(parents=True)
+            Image.new("L", (9, 9), 50).save(tmp_path / "two of them" / split / name / "1.png")
+    script = StartArguments(str(tmp_path / "model"), data=str(tmp_path / "two of them"))
+    args = hf_effml.RMeeToTrainingArguments(str(tmp_path / "out"), report_to="none", use_cpu=True, teacher="none")
+    _, data, _ = load_start(script, hf_effml.Augmentation(), args, lambda model: model)
+    assert data.labels == NAMES and sorted(row["labels"] for row in data.train) == [1, 3]
+    (tmp_path / "two of them" / "val" / "bee").rename(tmp_path / "two of them" / "val" / "eel")
+    with pytest.raises(ValueError, match="does not know `eel`: .* That is `hf-effml train vim .* --data '.*them'`"):
+        load_start(script, hf_effml.Augmentation(), args, lambda model: model)
 
 
 def turned(real):
