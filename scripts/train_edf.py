@@ -65,11 +65,11 @@ def _map_network(maps: MapArguments, bank: TrajectoryBank) -> dict[str, Any]:
     from hf_effml import load_image_processor
     from hf_effml.utils.model_kinds import check_task
 
-    check_task(maps.cam_model, "AutoModelForImageClassification")
     classes = maps.cam_classes or IMAGENET_SUBSETS.get(maps.cam_subset or "")
     labels = len(bank.metadata["dataset"]["label_names"])
     if classes is not None and len(classes) != labels:
         raise ValueError(f"Name one class of `cam_model` for each of the {labels} classes; got {len(classes)}.")
+    check_task(maps.cam_model, "AutoModelForImageClassification")
     return {
         "cam_model": AutoModelForImageClassification.from_pretrained(maps.cam_model),
         "cam_processor": load_image_processor(maps.cam_model),

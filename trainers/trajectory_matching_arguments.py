@@ -68,6 +68,7 @@ class TrajectoryMatchingTrainingArguments(EffMLTrainingArguments):
     """
 
     rarely_changed: ClassVar[tuple[str, ...]] = (
+        "picture_steps",
         "expansion_steps",
         "gradient_mode",
         "lr_lr",

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
@@ -228,7 +229,10 @@ class VimEncoder(VimPreTrainedModel):
 
     def __init__(self, config: VimConfig):
         # Fields may have been assigned since it was made, as `from_pretrained` does.
-        config.validate()
+        try:
+            config.validate()
+        except StrictDataclassError as error:
+            raise ValueError(str(error.__cause__ or error)) from error
         super().__init__(config)
         width = config.hidden_size
         self.patch_embed = VimPatchEmbeddings(config)
