@@ -124,6 +124,7 @@ class EffMLTrainer(Trainer):
         checkpoint = self.find_checkpoint(resume_from_checkpoint)
         saved = {} if checkpoint is None else _saved_config(checkpoint)
         _check_same_model(checkpoint, saved, self.model.config)
+        _announce_end(checkpoint, self.args.max_steps)
         alone = self.is_world_process_zero()
         with only_run_in(self.args.output_dir) if alone else nullcontext():
             if alone:
@@ -295,6 +296,15 @@ def _check_same_model(checkpoint: str | None, saved: Mapping[str, Any], config: 
     if len(names) == len(config.id2label or {}):
         known = [names[number] for number in sorted(names, key=int)]
         check_same_classes(f"The checkpoint `{checkpoint}` and the model that goes on from it", known, config)
+
+
+def _announce_end(checkpoint: str | None, max_steps: int) -> None:
+    """Says that there is nothing left to train, where the results would look as if there had been."""
+    if checkpoint is None or max_steps <= 0:
+        return
+    step = json.loads(Path(checkpoint, "trainer_state.json").read_text(encoding="utf-8")).get("global_step", 0)
+    if step >= max_steps:
+        logger.warning(f"`{checkpoint}` is at step {step} of `max_steps={max_steps}`: nothing is left to train.")
 
 
 def _other_shape(checkpoint: str, saved: Mapping[str, Any], config: Any) -> str:

@@ -259,7 +259,7 @@ def load_image_data(
             `"digits"` (scikit-learn's, no download); a folder of parquet files, or of images in one folder per class,
             with splits named `train` and `validation` or `test`, or without: then a fifth of every class is held out;
             the path of such a folder below the one that the environment variable `HF_EFFML_DATA` names; or the id of
-            a data set on the Hub.
+            a data set on the Hub, with a subset as in `"me/flowers:small"`.
         processor (`BaseImageProcessor`):
             Makes pixels of an image: [`vim_image_processor`] or [`load_image_processor`].
         augmentation (`Augmentation`, *optional*):

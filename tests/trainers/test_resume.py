@@ -18,6 +18,7 @@ from hf_effml import (
     load_image_data,
     vim_image_processor,
 )
+from hf_effml.trainers import base
 from processes import Job
 
 
@@ -111,7 +112,7 @@ def test_killed_and_resumed_equals_straight(straight, tmp_path, kill_at):
     assert config(folder) == config(straight)
 
 
-def test_what_a_checkpoint_cannot_go_on_as(tmp_path):
+def test_what_a_checkpoint_cannot_go_on_as(tmp_path, monkeypatch):
     """Other classes would be loaded without a word; other shapes end deep inside."""
     data = load_image_data("digits", vim_image_processor(8, crop_share=1.0))
     rows = [data.train[number] for number in range(8)]
@@ -132,4 +133,7 @@ def test_what_a_checkpoint_cannot_go_on_as(tmp_path):
         train(VimConfig(**shape | {"hidden_size": 32}, **data.label_fields), True)
     with pytest.raises(ValueError, match="holds a `vim`; this run trains a `rmeeto_vim`"):
         train(VimConfig(**shape, **data.label_fields), True, RMeeToTrainer, merged=True)
+    said = []
+    monkeypatch.setattr(base.logger, "warning", said.append)
     train(VimConfig(**shape, **data.label_fields), True)
+    assert said[0].endswith("checkpoint-1` is at step 1 of `max_steps=1`: nothing is left to train.")

@@ -25,7 +25,7 @@ def table(tmp_path, monkeypatch):
     def write(label=None, folder="data", **splits):
         label = label or datasets.Value("int64")
         features = datasets.Features({"image": datasets.Image(), "label": label})
-        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder).mkdir(exist_ok=True, parents=True)
         for split, labels in splits.items():
             images = [Image.new("RGB", (9, 9), (row,) * 3) for row in range(len(labels))]
             rows = datasets.Dataset.from_dict({"image": images, "label": labels}, features=features)
@@ -318,11 +318,13 @@ def test_folders_that_name_no_class_and_pictures_that_nothing_reads(pictures, tm
     names = [f"{split}/{label}/images/1.png" for split in ("train", "val") for label in ("n01", "n02")]
     with pytest.raises(ValueError, match="would be of one class, `images`.* Move the images up"):
         load_image_data(str(pictures(*names)), PROCESSOR)
+    with pytest.raises(ValueError, match="has one class, `pictures`: there is nothing to tell apart"):
+        load_image_data(str(pictures("train/pictures/1.png", "val/pictures/1.png", folder="one")), PROCESSOR)
     said = []
     monkeypatch.setattr(image_splits.logger, "warning", said.append)
-    folder = pictures("train/a/1.png", "val/a/1.png", folder="phone")
+    folder = pictures("train/a/1.png", "train/b/1.png", "val/a/1.png", folder="phone")
     (folder / "train" / "a" / "2.HEIC").write_bytes(b"ftyp")
-    assert len(load_image_data(str(folder), PROCESSOR).train) == 1 and "1 pictures" in said[0] and "2.HEIC" in said[0]
+    assert len(load_image_data(str(folder), PROCESSOR).train) == 2 and "1 pictures" in said[0] and "2.HEIC" in said[0]
     (tmp_path / "raw" / "a").mkdir(parents=True)
     (tmp_path / "raw" / "a" / "1.heic").write_bytes(b"ftyp")
     with pytest.raises(ValueError, match="1.heic`, are of a kind that Pillow does not read. Convert them"):
@@ -337,3 +339,16 @@ def test_images_to_test_on_are_enough_for_an_evaluation(pictures):
     assert len(data.train) == 0 and numbers(data.test) == [0, 1] and data.labels == ["a", "b"]
     with pytest.raises(ValueError, match="name of the data is empty"):
         load_image_data("", PROCESSOR)
+
+
+def test_parts_that_a_card_lists(table, tmp_path):
+    folder = tmp_path / "parts"
+    for name in ("first", "second"):
+        table(folder=f"parts/{name}", a=[0, 1], b=[1, 0] if name == "first" else [0, 0])
+    files = "- config_name: {0}\n  data_files:\n  - {{split: train, path: {0}/a.parquet}}\n"
+    files += "  - {{split: test, path: {0}/b.parquet}}\n"
+    (folder / "README.md").write_text(f"---\nconfigs:\n{files.format('first')}{files.format('second')}---\n")
+    with pytest.raises(ValueError, match="pick one among .*'first', 'second'.* For example, `.*parts:first`"):
+        load_image_data(str(folder), PROCESSOR)
+    data = load_image_data(f"{folder}:second", PROCESSOR)
+    assert numbers(data.test) == [0, 0] and data.hub_id is None

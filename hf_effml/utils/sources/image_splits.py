@@ -24,6 +24,7 @@ from .split_files import (
     split_folders,
     split_tables,
     visible_files,
+    which_part,
 )
 
 
@@ -94,13 +95,14 @@ def load_image_splits(name_or_path: str, revision: str | None = None, only_test:
     ['airplane', 'automobile']
     ```
     """
-    folder = find_data(name_or_path)
+    folder, base = find_data(name_or_path), name_or_path.partition(":")[0]
+    is_remote = folder is None and find_data(base) is None
     if folder is not None and not folder.is_dir():
         raise ValueError(f"`{name_or_path}` must be a folder of images or parquet files; it is a file.")
     splits = _from_hub(name_or_path, revision) if folder is None else _from_folder(name_or_path, folder)
     test = next((split for split in _TEST_SPLITS if split in splits), None)
-    only_test = only_test and test is not None and "train" not in splits
-    if not only_test and ("train" not in splits or (test is None and len(splits) > 1)):
+    lone_test = only_test and test is not None and "train" not in splits
+    if not lone_test and ("train" not in splits or (test is None and len(splits) > 1)):
         raise ValueError(
             f"`{name_or_path}` must have a split `train` and a split `validation` or `test`; it has "
             f"`{'`, `'.join(splits)}`."
@@ -111,10 +113,15 @@ def load_image_splits(name_or_path: str, revision: str | None = None, only_test:
             raise ValueError(f"The split `{split}` of `{name_or_path}` is empty.")
     label = column_of(name_or_path, splits[used[0]].features, _LABEL_COLUMNS)
     classes = number_classes(name_or_path, splits, label, used)
+    if len(classes.names) < 2 and not only_test:
+        raise ValueError(
+            f"`{name_or_path}` has one class, `{classes.names[0]}`: there is nothing to tell apart. Name the folder "
+            "that holds those of all classes, or a column of labels."
+        )
     tables = [_table(name_or_path, split, splits[split], classes.numbers[split]) for split in used]
     if test is None:
         tables = list(_hold_out(name_or_path, tables[0]))
-    elif only_test:
+    elif lone_test:
         tables = [tables[0].select([]), tables[0]]
     else:
         check_overlap(name_or_path, {split: table.paths() for split, table in zip(used, tables, strict=True)})
@@ -123,8 +130,8 @@ def load_image_splits(name_or_path: str, revision: str | None = None, only_test:
         test=tables[1],
         labels=classes.names,
         ids=classes.ids,
-        hub_id=name_or_path if folder is None else None,
-        revision=_commit(splits[used[0]]) if folder is None else None,
+        hub_id=base if is_remote else None,
+        revision=_commit(splits[used[0]]) if is_remote else None,
     )
 
 
@@ -152,9 +159,12 @@ def column_of(name: str, features: Mapping[str, Any], wanted: tuple[str, ...]) -
 
 
 def _from_hub(name: str, revision: str | None) -> Mapping[str, Any]:
+    base, *parts = name.split(":", 1)
     at = {} if revision is None else {"revision": revision}
     try:
-        return require("datasets").load_dataset(name, **at)
+        return require("datasets").load_dataset(str(find_data(base) or base), *parts, **at)
+    except ValueError as error:
+        raise ValueError(f"`{name}`: {which_part(base, error)}") from error
     except OSError as error:
         raise FileNotFoundError(
             f"No data `{name}`: it is no folder, not below the one that ${DATA_VARIABLE} names, and not found "
@@ -169,7 +179,7 @@ def _load(name: str, kind: str, placed: Mapping[str, list[Path]] | None = None) 
         return require("datasets").load_dataset(kind, **({"data_files": files} if files else {}))
     except Exception as error:
         raise ValueError(
-            f"`{name}` cannot be read as a data set of images: {_first_line(error.__cause__ or error)}. Unpack "
+            f"`{name}` cannot be read as a data set of images: {which_part(name, error.__cause__ or error)} Unpack "
             "archives, and let images lie as in `train/CLASS/1.png` and `test/CLASS/2.png`, or as in `CLASS/1.png`."
         ) from error
 

@@ -17,6 +17,7 @@ __all__ = [
     "split_folders",
     "split_tables",
     "visible_files",
+    "which_part",
 ]
 
 DATA_VARIABLE = "HF_EFFML_DATA"
@@ -78,6 +79,25 @@ def visible_files(folder: Path) -> list[Path]:
 
     walk(folder, ())
     return sorted(found, key=str)
+
+
+def which_part(name: str, error: BaseException) -> str:
+    """Says what is wrong with a data set, and how a part of it is named where it has several.
+
+    Args:
+        name (`str`):
+            Its name.
+        error (`BaseException`):
+            What `datasets` raised.
+
+    Returns:
+        `str`: the sentence.
+    """
+    said = " ".join(str(error).split())
+    part = re.search(r"available configs: \['([^']+)'", said)
+    if part is None:
+        return said.rstrip(".") + "."
+    return f"{said.partition(' Example of usage')[0]}. For example, `{name}:{part[1]}`."
 
 
 def lists_files(folder: Path) -> bool:

@@ -1,6 +1,5 @@
 """Texts to train and to test on from a file, a folder or the Hub; some are held out where there is no test split."""
 
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from transformers.utils import logging
 
 from hf_effml.utils.imports import require
 
-from .split_files import DATA_VARIABLE, find_data
+from .split_files import DATA_VARIABLE, find_data, which_part
 from .text_files import TEXT_FILES, checked_texts, need_columns, read_text_folder, read_texts
 
 
@@ -119,7 +118,7 @@ def rows_of_the_hub(hub_id: str, subset: str | None) -> Any:
     try:
         return require("datasets").load_dataset(str(find_data(hub_id) or hub_id), subset or None)
     except ValueError as error:
-        raise ValueError(f"`{hub_id}{subset and f':{subset}' or ''}`: {_which_part(hub_id, error)}") from error
+        raise ValueError(f"`{hub_id}{subset and f':{subset}' or ''}`: {which_part(hub_id, error)}") from error
     except OSError as error:
         raise FileNotFoundError(
             f"No data `{hub_id}`: it is no file or folder here, not below the folder that ${DATA_VARIABLE} names, and "
@@ -141,13 +140,6 @@ def _other_files(name: str, folder: Path) -> Any:
         return require("datasets").load_dataset(str(folder))
     except Exception as error:
         raise ValueError(
-            f"`{name}` holds no texts that can be read: {_which_part(name, error)} Put files into it that end in "
+            f"`{name}` holds no texts that can be read: {which_part(name, error)} Put files into it that end in "
             f"{', '.join(TEXT_FILES)}, or mend its card."
         ) from error
-
-
-def _which_part(name: str, error: Exception) -> str:
-    """What `datasets` says, and how a part is named where it asks for one."""
-    said = " ".join(str(error).split())
-    part = re.search(r"available configs: \['([^']+)'", said)
-    return said if part is None else f"{said.partition(' Example of usage')[0]} For example, `{name}:{part[1]}`."
