@@ -10,6 +10,7 @@ from threading import Thread
 
 import pytest
 
+from hf_effml.cli.main import main
 from hf_effml.cli.parsing import run_script
 
 
@@ -104,3 +105,15 @@ def test_ctrl_c_ends_a_training_with_how_to_resume(tmp_path):
     assert lines[-1].startswith(
         f"The same command with `--resume_from_checkpoint true` goes on from `{tmp_path}/checkpoint-"
     )
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "gpu", "cpu:x"])
+def test_devices_that_are_not_there(device, capsys):
+    for program in ("rmeeto", "token-router"):
+        assert main(["evaluate", program, "model", "--device", device]) == 2
+        assert f"error: `--device {device}` cannot be used: " in capsys.readouterr().err
+
+
+def test_no_steps_are_not_all_steps(capsys):
+    assert main(["train", "vim", "--recipe", "smoke", "--max_steps", "0"]) == 2
+    assert "`max_steps` must be at least 1, or -1 for all of `num_train_epochs`; got 0." in capsys.readouterr().err

@@ -78,6 +78,9 @@ def _check(name: str, value: Any) -> None:
     kind = "a whole number" if name in _WHOLE else "a number"
     if isinstance(value, str | bool) or not isinstance(value, int if name in _WHOLE else (int, float)):
         raise TypeError(f"`{name}` must be {kind}; got {value!r}.")
+    if name == "max_steps" and value == 0:
+        # transformers reads it as -1.
+        raise ValueError("`max_steps` must be at least 1, or -1 for all of `num_train_epochs`; got 0.")
     least, most = _RANGES.get(name, (-1, math.inf))
     if not least <= value <= most:
         allowed = f"from {least} to {most}" if most < math.inf else f"at least {least}"

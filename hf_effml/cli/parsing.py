@@ -18,7 +18,7 @@ from .commands import command_line_of
 from .errors import INTERRUPTED, exit_code, explain, explain_interruption
 from .help_text import COMMON_OPTIONS, program_help
 from .recipes import read_recipes, recipe_file
-from .settings import as_options, check_plain, check_type, read_settings
+from .settings import as_options, check_device, check_plain, check_type, read_settings
 
 
 class UsageError(ValueError):
@@ -215,6 +215,8 @@ def _convert(
     for key in fields:
         try:
             check_plain(key, values[key])
+            if key == "device":
+                check_device(values[key])
         except ValueError as error:
             raise UsageError(str(error), parser.prog) from error
     return values

@@ -11,7 +11,7 @@ from types import NoneType
 from typing import Any, get_origin
 
 
-__all__ = ["as_options", "check_least", "check_plain", "check_type", "read_settings", "read_yaml"]
+__all__ = ["as_options", "check_device", "check_least", "check_plain", "check_type", "read_settings", "read_yaml"]
 
 # Far above what any recipe needs; nine lines with aliases can stand for a billion values.
 _MOST_BYTES, _MOST_VALUES, _MOST_LEVELS = 2**20, 100_000, 40
@@ -194,6 +194,29 @@ def check_plain(name: str, value: Any) -> None:
     if isinstance(value, dict):
         for key, item in value.items():
             check_plain(f"{name}.{key}", item)
+
+
+def check_device(device: str | None) -> None:
+    """Refuses a device that this machine does not have.
+
+    Args:
+        device (`str`, *optional*):
+            Its name; a program chooses one if unset.
+
+    Raises:
+        ValueError: If nothing can be computed there.
+    """
+    if device is None or device == "cpu":
+        return
+    import torch
+
+    try:
+        torch.empty(1, device=device)
+    # A torch without CUDA asserts.
+    except (RuntimeError, AssertionError) as error:
+        others = " or `cuda`" if torch.cuda.is_available() else ""
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise ValueError(f"`--device {device}` cannot be used: {reason}. Here is `cpu`{others}.") from error
 
 
 def check_least(options: Any, **bounds: float) -> None:
