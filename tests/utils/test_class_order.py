@@ -17,7 +17,7 @@ from hf_effml.distillation.publishing.origin import find_images
 from hf_effml.distillation.publishing.sets import DistilledSet
 from hf_effml.scripts import evaluate_rmeeto, train_vim
 from hf_effml.utils.image_data import ImageSplit
-from hf_effml.utils.sources.class_labels import match_classes
+from hf_effml.utils.sources.class_labels import check_same_classes, match_classes
 from hf_effml.vim.evaluation.measure import classify
 
 
@@ -76,6 +76,15 @@ def test_names_decide():
     ):
         with pytest.raises(ValueError, match=message):
             match_classes("d", names, known)
+
+
+def test_names_that_are_numbers_or_written_in_two_ways():
+    labels = [f"LABEL_{number}" for number in range(11)]
+    assert match_classes("data", sorted(labels), labels) == [0, 1, 10, *range(2, 10)]
+    assert match_classes("data", labels, sorted(labels))[2] == 3 and match_classes("data", labels[3:4], labels) == [3]
+    assert match_classes("data", ["cafe\u0301", "bar"], ["bar", "caf\u00e9"]) == [1, 0]
+    with pytest.raises(ValueError, match="They must number the same classes alike"):
+        check_same_classes("They", labels, sorted(labels))
 
 
 def test_evaluations_of_vims(labelled):

@@ -132,10 +132,11 @@ def match_classes(name: str, names: Sequence[str], config: Any) -> list[int]:
     Raises:
         ValueError: If the model does not know a class, or another number of classes where it names none.
     """
-    names, known = [str(each) for each in names], known_classes(config)
+    names, known = ([_composed(each) for each in some] for some in (names, known_classes(config)))
     if names == known:
         return list(range(len(names)))
-    if not (are_names(names) and are_names(known)):
+    # `LABEL_10` may stand before `LABEL_2` where names are sorted, and is the same class in both.
+    if not set(names) <= set(known) and not (are_names(names) and are_names(known)):
         if len(names) == len(known):
             return list(range(len(names)))
         raise ValueError(
@@ -167,7 +168,8 @@ def check_same_classes(what: str, first: Any, second: Any) -> None:
         ValueError: If they do not.
     """
     ours, theirs = known_classes(first), known_classes(second)
-    if ours != theirs and are_names(ours) and are_names(theirs):
+    ours, theirs = ([_composed(each) for each in some] for some in (ours, theirs))
+    if ours != theirs and (set(ours) == set(theirs) or (are_names(ours) and are_names(theirs))):
         raise ValueError(
             f"{what} must number the same classes alike; got {_listed(ours)} and {_listed(theirs)}. Take one that was "
             "trained on the classes of the other."
@@ -232,6 +234,11 @@ def _check_taught(name: str, names: Sequence[str], numbers: Mapping[str, np.ndar
                 f"The split `{train}` of `{name}` has no image of classes that `{test}` has: "
                 f"{_listed([names[number] for number in sorted(met - taught)])}."
             )
+
+
+def _composed(name: Any) -> str:
+    """The same letters may be written in two ways."""
+    return unicodedata.normalize("NFC", str(name))
 
 
 def _spelling(name: str) -> str:
