@@ -242,6 +242,11 @@ def test_a_configuration_that_is_not_there(tmp_path):
         _parse("a", "--config", str(tmp_path / "settings.yaml"))
 
 
+def test_an_empty_output_folder_is_named():
+    with pytest.raises(ValueError, match="`output_dir` must name a folder; got an empty text."):
+        _parse("a", "--output_dir", "", types=(Options, EffMLTrainingArguments))
+
+
 def test_values_are_typed_by_their_fields(config):
     text = "lr_scheduler_kwargs: {min_lr: 1e-6}\nsave_strategy: no\nreport_to: null\nsizes: []\nshuffle: no\n"
     options, arguments = _parse("a", *config(text), types=(Options, EffMLTrainingArguments))

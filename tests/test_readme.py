@@ -60,7 +60,11 @@ def python_blocks(text):
     return re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("code", PYTHON, ids=range(len(PYTHON)))
+# What trains experts and distils takes half a minute.
+MARKED = [pytest.param(code, marks=[pytest.mark.slow] if "PADTrainer" in code else []) for code in PYTHON]
+
+
+@pytest.mark.parametrize("code", MARKED, ids=range(len(PYTHON)))
 def test_python_blocks_run(code, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {})

@@ -64,6 +64,8 @@ class EffMLTrainingArguments(TrainingArguments):
     """
 
     def __post_init__(self) -> None:
+        if self.output_dir is not None and not str(self.output_dir).strip():
+            raise ValueError("`output_dir` must name a folder; got an empty text.")
         for name in dict.fromkeys((*_RANGES, *_WHOLE)):
             value = getattr(self, name)
             if value is not None:

@@ -165,7 +165,8 @@ def load_bank(
         )
     if script.bank_recipe not in recipes:
         raise ValueError(f"`bank_recipe` must be one of {', '.join(recipes)}; got {script.bank_recipe!r}.")
-    return train_bank(recipes[script.bank_recipe], str(Path(args.output_dir, "bank")))
+    own = {} if script.data is None else {"data": script.data}
+    return train_bank({**recipes[script.bank_recipe], **own}, str(Path(args.output_dir, "bank")))
 
 
 def estimate_run(

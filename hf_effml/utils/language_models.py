@@ -95,7 +95,10 @@ def train_language_model(texts: Sequence[str], folder: str | Path, steps: int, s
         logger.warning(f"The start model `{folder}` is there, trained by an earlier run with the same settings.")
         return str(folder)
     tokenizer = _train_tokenizer(texts)
-    windows = make_windows(texts, tokenizer, _WINDOW)
+    try:
+        windows = make_windows(texts, tokenizer, _WINDOW)
+    except ValueError:  # all of them are shorter
+        windows = make_windows(texts, tokenizer, _WINDOW, packed=True)
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=_VOCABULARY,

@@ -209,12 +209,13 @@ def test_data_of_the_hub(monkeypatch, tmp_path):
     monkeypatch.setattr(datasets, "load_dataset", without_server)
     with pytest.raises(FileNotFoundError, match="No data `no-such`.*not found on the Hub"):
         load_real_images("no-such")
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a"])})
-    rows = datasets.Dataset.from_list([{"image": Image.new("L", (2, 2)), "label": 0}] * 4, features=features)
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    images = [{"image": Image.new("L", (2, 2)), "label": number % 2} for number in range(4)]
+    rows = datasets.Dataset.from_list(images, features=features)
     hidden = datasets.Dataset.from_list([{"image": Image.new("L", (2, 2)), "label": -1}], features=features)
     splits = datasets.DatasetDict({"train": rows, "test": hidden})
     monkeypatch.setattr(datasets, "load_dataset", lambda name: splits)
-    with pytest.raises(ValueError, match="1 images of `alice/secret` have no class: -1 is not in 0 to 0"):
+    with pytest.raises(ValueError, match="1 images of `alice/secret` have no class: -1 is not in 0 to 1"):
         load_real_images("alice/secret")
     open_splits = datasets.DatasetDict({"train": rows, "test": rows})
     # A copy of the data set as the cache holds it, in a folder named after the commit.

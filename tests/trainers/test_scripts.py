@@ -47,7 +47,11 @@ def test_train_vim_writes_a_folder_that_loads(start):
 
 
 def test_fine_tuning_goes_on(start, tmp_path):
-    results = train_vim.main(["--model_name_or_path", str(start), "--output_dir", str(tmp_path / "more"), *SMALL])
+    # Recipes may say the sizes that it has.
+    own = ["--image_size", "16", "--crop_share", "1.0"]
+    results = train_vim.main(
+        ["--model_name_or_path", str(start), "--output_dir", str(tmp_path / "more"), *own, *SMALL]
+    )
     assert results["steps"] == 2
 
 
@@ -163,7 +167,6 @@ def test_a_trained_vim_keeps_its_shape(start, tmp_path, option, value, message):
     argv = ["--model_name_or_path", str(start), "--output_dir", str(tmp_path), *SMALL]
     with pytest.raises(ValueError, match=message):
         train_vim.main([*argv, f"--{option}", value])
-    assert train_vim.main([*argv, "--image_size", "16", "--crop_share", "1.0"])["steps"] == 2
 
 
 def test_start_is_trained_once(tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from helpers import require_package
 from hf_effml import TokenRouterModel
 from hf_effml.hub import check_folder, write_card
 from hf_effml.scripts import experiment_token_router, train_token_router
+from hf_effml.utils.language_models import train_language_model
 from hf_effml.utils.sources.text_examples import LeftPaddingCollator
 
 
@@ -114,6 +115,11 @@ def test_wrong_values_are_found_before_anything_is_trained(option, message, tmp_
     with pytest.raises(ValueError, match=message):
         train_token_router.main(argv)
     assert not [*tmp_path.iterdir()]
+
+
+def test_a_start_model_learns_from_short_texts(tmp_path):
+    folder = train_language_model([f"Text {number} is short." for number in range(200)], tmp_path / "start", 2, seed=0)
+    assert (tmp_path / "start" / "model.safetensors").is_file() and folder == str(tmp_path / "start")
 
 
 def test_texts_with_a_completion(trained, tmp_path, monkeypatch):
