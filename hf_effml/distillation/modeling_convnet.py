@@ -14,12 +14,11 @@ from .configuration_convnet import PROBLEM_TYPES, ConvNetConfig
 
 
 try:
-    from hf_effml.utils.model_kinds import load_model
+    from hf_effml.utils.model_kinds import NamesWhatFails
 except ImportError:  # a saved folder where the package is not installed
 
-    def load_model(load: Any, *args: Any, **options: Any) -> Any:  # type: ignore[misc]
-        """Loads a model as transformers does."""
-        return load(*args, **options)
+    class NamesWhatFails:  # type: ignore[no-redef]
+        """Adds nothing."""
 
 
 # None of them works in place: gradients of gradients need what they were given.
@@ -53,7 +52,7 @@ def _block(config: ConvNetConfig, index: int) -> list[nn.Module]:
     ]
 
 
-class ConvNetForImageClassification(PreTrainedModel):
+class ConvNetForImageClassification(NamesWhatFails, PreTrainedModel):
     r"""The ConvNet of trajectory matching (https://huggingface.co/papers/2203.11932), for any image size.
 
     It is `depth` blocks of convolution, normalisation, activation and pooling, then one linear layer on the flattened
@@ -89,24 +88,6 @@ class ConvNetForImageClassification(PreTrainedModel):
         self.classifier = nn.Linear(config.hidden_size * math.prod(config.feature_size), config.num_labels)
         self._block_length = len(blocks[0])
         self.post_init()
-
-    @classmethod
-    def from_pretrained(cls, name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Loads a saved model; weights that are damaged or have other shapes are named.
-
-        Args:
-            name_or_path (`str` or `Path`):
-                Folder or Hub id.
-            args, kwargs (`tuple`, `dict`, *optional*):
-                As for [`~transformers.PreTrainedModel.from_pretrained`].
-
-        Returns:
-            The model, in evaluation mode.
-
-        Raises:
-            ValueError: If the folder holds another kind of model, or weights that cannot be loaded.
-        """
-        return load_model(super().from_pretrained, name_or_path, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

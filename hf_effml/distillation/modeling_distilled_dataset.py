@@ -15,12 +15,11 @@ from .unroll import StudentDerivatives
 
 
 try:
-    from hf_effml.utils.model_kinds import load_model
+    from hf_effml.utils.model_kinds import NamesWhatFails
 except ImportError:  # a saved folder where the package is not installed
 
-    def load_model(load: Any, *args: Any, **options: Any) -> Any:  # type: ignore[misc]
-        """Loads a model as transformers does."""
-        return load(*args, **options)
+    class NamesWhatFails:  # type: ignore[no-redef]
+        """Adds nothing."""
 
 
 @dataclass
@@ -41,7 +40,7 @@ class TrajectoryMatchingOutput(ModelOutput):
     took_part: Tensor | None = None
 
 
-class DistilledDatasetModel(PreTrainedModel):
+class DistilledDatasetModel(NamesWhatFails, PreTrainedModel):
     r"""A synthetic data set, trained by trajectory matching (https://huggingface.co/papers/2203.11932).
 
     A student that trains on it is to go where experts went that trained on the real images.
@@ -77,24 +76,6 @@ class DistilledDatasetModel(PreTrainedModel):
         self.labels = nn.Parameter(torch.empty(config.num_images, config.num_labels))
         self.lr = nn.Parameter(torch.empty(()))
         self.post_init()
-
-    @classmethod
-    def from_pretrained(cls, name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Loads a saved model; weights that are damaged or have other shapes are named.
-
-        Args:
-            name_or_path (`str` or `Path`):
-                Folder or Hub id.
-            args, kwargs (`tuple`, `dict`, *optional*):
-                As for [`~transformers.PreTrainedModel.from_pretrained`].
-
-        Returns:
-            The model, in evaluation mode.
-
-        Raises:
-            ValueError: If the folder holds another kind of model, or weights that cannot be loaded.
-        """
-        return load_model(super().from_pretrained, name_or_path, *args, **kwargs)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Noise, one-hot labels as logits, and the initial step size."""

@@ -17,19 +17,18 @@ from .routing_report import RoutingReport
 
 
 try:
-    from hf_effml.utils.model_kinds import load_model
+    from hf_effml.utils.model_kinds import NamesWhatFails
 except ImportError:  # a saved folder where the package is not installed
 
-    def load_model(load: Any, *args: Any, **options: Any) -> Any:  # type: ignore[misc]
-        """Loads a model as transformers does."""
-        return load(*args, **options)
+    class NamesWhatFails:  # type: ignore[no-redef]
+        """Adds nothing."""
 
 
 # For type checkers: the next class in line is that of the language model.
 _Model: Any = PreTrainedModel if TYPE_CHECKING else object
 
 
-class _TokenRouterCheckpoint(_Model):
+class _TokenRouterCheckpoint(NamesWhatFails, _Model):
     """What these classes share: they patch themselves, and write the router's configuration into their own."""
 
     _keep_in_fp32_modules_strict = {"token_router"}
@@ -41,24 +40,6 @@ class _TokenRouterCheckpoint(_Model):
         base = fields.pop("base_model_name_or_path", None)
         apply_token_router(self, TokenRouterConfig(**fields))
         find_decoder(self).token_routing_hook.config.base_model_name_or_path = base
-
-    @classmethod
-    def from_pretrained(cls, name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Loads a saved model; weights that are damaged or have other shapes are named.
-
-        Args:
-            name_or_path (`str` or `Path`):
-                Folder or Hub id.
-            args, kwargs (`tuple`, `dict`, *optional*):
-                As for [`~transformers.PreTrainedModel.from_pretrained`].
-
-        Returns:
-            The model, in evaluation mode.
-
-        Raises:
-            ValueError: If the folder holds another kind of model, or weights that cannot be loaded.
-        """
-        return load_model(super().from_pretrained, name_or_path, *args, **kwargs)
 
     def initialize_weights(self) -> None:
         """Initialises what a checkpoint did not have."""

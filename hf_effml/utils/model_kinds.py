@@ -18,7 +18,14 @@ from transformers import (
 )
 
 
-__all__ = ["check_model_type", "check_task", "load_model", "load_weights", "read_config_dict", "state_dict_of"]
+__all__ = [
+    "NamesWhatFails",
+    "check_model_type",
+    "check_task",
+    "load_weights",
+    "read_config_dict",
+    "state_dict_of",
+]
 
 _TASKS = {
     "AutoModelForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -174,36 +181,42 @@ def read_config_dict(
     return values, unused
 
 
-def load_model(load: Callable[..., Any], name_or_path: Any, *args: Any, **options: Any) -> Any:
-    """Calls a `from_pretrained`, and says so if the weights are damaged or do not go with the configuration.
+class NamesWhatFails:
+    """A mixin for models, before `PreTrainedModel`: weights that do not load are named.
 
-    Args:
-        load (`Callable`):
-            The `from_pretrained` of a model's base class.
-        name_or_path (`str` or `Path`):
-            Folder or Hub id.
-        args, options (`tuple`, `dict`, *optional*):
-            Passed on to `load`.
-
-    Returns:
-        `Any`: what `load` returns.
-
-    Raises:
-        ValueError: If weights are damaged or have other shapes.
+    Saved folders do without it where this package is not installed.
     """
-    try:
-        return load(name_or_path, *args, **options)
-    except SafetensorError as error:
-        for path in sorted(Path(name_or_path).glob("*.safetensors")):
-            _refuse_stand_ins(path)
-        raise ValueError(f"The weights of `{name_or_path}` are damaged: {error}. Get the folder again.") from error
-    except RuntimeError as error:
-        if "ignore_mismatched_sizes" not in str(error):
-            raise
-        raise ValueError(
-            f"The weights of `{name_or_path}` have other shapes than its configuration says; the report above lists "
-            "them. Pass fields that go with them, or `ignore_mismatched_sizes=True` to start these weights anew."
-        ) from error
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Loads a saved model; weights that are damaged or have other shapes are named.
+
+        Args:
+            name_or_path (`str` or `Path`):
+                Folder or Hub id.
+            args, kwargs (`tuple`, `dict`, *optional*):
+                As for [`~transformers.PreTrainedModel.from_pretrained`].
+
+        Returns:
+            The model, in evaluation mode.
+
+        Raises:
+            ValueError: If the folder holds another kind of model, or weights that cannot be loaded.
+        """
+        try:
+            return super().from_pretrained(name_or_path, *args, **kwargs)  # type: ignore[misc]
+        except SafetensorError as error:
+            for path in sorted(Path(name_or_path).glob("*.safetensors")):
+                _refuse_stand_ins(path)
+            raise ValueError(f"The weights of `{name_or_path}` are damaged: {error}. Get the folder again.") from error
+        except RuntimeError as error:
+            if "ignore_mismatched_sizes" not in str(error):
+                raise
+            raise ValueError(
+                f"The weights of `{name_or_path}` have other shapes than its configuration says; the report above "
+                "lists them. Pass fields that go with them, or `ignore_mismatched_sizes=True` to start these weights "
+                "anew."
+            ) from error
 
 
 def load_weights(path: str | Path, allowed: Sequence[type] = ()) -> Any:

@@ -28,12 +28,11 @@ from .vim_run import TokenReducer, VimRun
 
 
 try:
-    from hf_effml.utils.model_kinds import load_model
+    from hf_effml.utils.model_kinds import NamesWhatFails
 except ImportError:  # a saved folder where the package is not installed
 
-    def load_model(load: Any, *args: Any, **options: Any) -> Any:  # type: ignore[misc]
-        """Loads a model as transformers does."""
-        return load(*args, **options)
+    class NamesWhatFails:  # type: ignore[no-redef]
+        """Adds nothing."""
 
 
 # Files keep the official names; `load_state_dict` takes them, too.
@@ -123,7 +122,7 @@ def interpolate_positions(positions: Tensor, cls_indices: list[int], old_grid: t
     return torch.cat([patches[:, :place], cls_rows[0], patches[:, place:]], dim=1)
 
 
-class VimPreTrainedModel(PreTrainedModel):
+class VimPreTrainedModel(NamesWhatFails, PreTrainedModel):
     """Initialisation and loading shared by all Vim classes."""
 
     config_class = VimConfig
@@ -134,24 +133,6 @@ class VimPreTrainedModel(PreTrainedModel):
     accepts_loss_kwargs = False
     _no_split_modules = ["VimBlock"]
     _keep_in_fp32_modules_strict = ["A_log", "A_b_log", "mixer.D", "mixer.D_b", "time_step"]
-
-    @classmethod
-    def from_pretrained(cls, name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Loads a saved model; weights that are damaged or have other shapes are named.
-
-        Args:
-            name_or_path (`str` or `Path`):
-                Folder or Hub id.
-            args, kwargs (`tuple`, `dict`, *optional*):
-                As for [`~transformers.PreTrainedModel.from_pretrained`].
-
-        Returns:
-            The model, in evaluation mode.
-
-        Raises:
-            ValueError: If the folder holds another kind of model, or weights that cannot be loaded.
-        """
-        return load_model(super().from_pretrained, name_or_path, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
