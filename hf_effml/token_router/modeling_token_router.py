@@ -15,6 +15,15 @@ from .patching import apply_token_router, disable_routing, find_decoder, is_patc
 from .routing_report import RoutingReport
 
 
+try:
+    from hf_effml.utils.model_kinds import check_task
+except ImportError:  # a saved folder where the package is not installed
+
+    def check_task(name_or_path: Any, auto_class: str, **options: Any) -> str:  # type: ignore[misc]
+        """Leaves it to transformers."""
+        return ""
+
+
 _WEIGHTS_NAME = "model.safetensors"
 
 
@@ -205,8 +214,8 @@ class TokenRouterModel(PreTrainedModel):
             [`TokenRouterModel`]: in evaluation mode.
 
         Raises:
-            ValueError: If the router names no base model, has another number of blocks than the one given, or weights
-                are missing, not finite or of another shape.
+            ValueError: If the router names no base model, or one that is no language model or has another number of
+                blocks, or if weights are missing, not finite or of another shape.
 
         Example:
 
@@ -238,9 +247,9 @@ class TokenRouterModel(PreTrainedModel):
             )
         if isinstance(base, str | Path):
             named = str(base) == config.base_model_name_or_path
-            base = AutoModelForCausalLM.from_pretrained(
-                base, revision=config.base_model_revision if named else None, **kwargs
-            )
+            base_revision = config.base_model_revision if named else None
+            check_task(base, "AutoModelForCausalLM", revision=base_revision, **hub)
+            base = AutoModelForCausalLM.from_pretrained(base, revision=base_revision, **kwargs)
         model = cls(base, config)
         model.load_state_dict(weights)
         return model.eval()

@@ -69,6 +69,8 @@ def test_a_model_for_another_task_is_named(folders, tmp_path):
         check_task(tmp_path, "AutoModelForCausalLM")
     router = hf_effml.TokenRouterModel(tiny_language_model(), hf_effml.TokenRouterConfig())
     router.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="of the kind 'vim'; needed is one for `AutoModelForCausalLM`"):
+        hf_effml.TokenRouterModel.from_pretrained(folders / "vim", tmp_path)
     with pytest.raises(ValueError, match="is a token router already; needed is the language model"):
         load_language_model(str(tmp_path))
 
