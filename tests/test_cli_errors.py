@@ -34,6 +34,15 @@ def test_a_missing_file_names_its_option(capsys):
     assert _run(error, capsys, "--seed", "3")[1].startswith("error: `data/order.pt`: No such file or directory.")
 
 
+def test_what_is_said_already_is_not_said_twice(capsys, monkeypatch):
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    for message in ("No bank here, and the Hub cannot be reached.", "No bank here."):
+        error = FileNotFoundError(message)
+        error.__cause__ = ConnectionError()
+        code, text = _run(error, capsys)
+        assert code == 1 and text.count("Hub cannot be reached") == 1
+
+
 def test_an_interruption_has_its_own_line_and_says_how_to_go_on(capsys):
     error = KeyboardInterrupt()
     error.add_note("The same command goes on.")

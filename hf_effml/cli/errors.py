@@ -51,7 +51,9 @@ def explain(error: Exception, argv: Sequence[str]) -> str:
     message = " ".join(_message(error, argv).split())
     service = _service_error(error)
     if service is not None:
-        return f"{message.rstrip('.')}. {service}"
+        # Some messages of ours have looked at the reason themselves.
+        said = service.partition(";")[0].removeprefix("The ") in message
+        return message if said else f"{message.rstrip('.')}. {service}"
     if not isinstance(error, _WRONG_USE) and not _is_strict(error):
         return f"{type(error).__name__}: {message}" if message else type(error).__name__
     return message or type(error).__name__
