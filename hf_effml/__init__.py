@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
+    from .comp_dd import *  # noqa: F403
     from .distillation import *  # noqa: F403
     from .token_router import *  # noqa: F403
     from .trainers import *  # noqa: F403
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["__version__"]
 
-_PUBLIC = ("vim", "token_router", "distillation", "trainers", "utils.augmentation", "utils.image_data")
+_PUBLIC = ("vim", "token_router", "distillation", "comp_dd", "trainers", "utils.augmentation", "utils.image_data")
 
 
 def _load_public_names() -> None:
