@@ -10,7 +10,7 @@ from typing import Any
 from hf_effml import EDFTrainer, EDFTrainingArguments, TrajectoryBank
 from hf_effml.cli.parsing import parse_arguments, run_script
 from hf_effml.cli.recipes import read_recipes
-from hf_effml.distillation.edf import IMAGENET_SUBSETS
+from hf_effml.comp_dd import subset_info
 from hf_effml.trainers.distillation import SetArguments, distil, estimate_run, load_bank
 
 
@@ -20,15 +20,15 @@ class MapArguments:
 
     cam_model: str | None = field(default=None, metadata={"help": "Folder or Hub id of an image classifier."})
     cam_subset: str | None = field(
-        default=None, metadata={"help": f"Its ImageNet classes are those of: {', '.join(IMAGENET_SUBSETS)}."}
+        default=None, metadata={"help": "Its ImageNet classes are those of this subset, see `hf-effml comp-dd list`."}
     )
     cam_classes: list[int] | None = field(
         default=None, metadata={"help": "The number of its class for every class of the set, in order."}
     )
 
     def __post_init__(self) -> None:
-        if self.cam_subset is not None and self.cam_subset not in IMAGENET_SUBSETS:
-            raise ValueError(f"`cam_subset` must be one of {', '.join(IMAGENET_SUBSETS)}; got `{self.cam_subset}`.")
+        if self.cam_subset is not None:
+            subset_info(self.cam_subset)
         if self.cam_subset is not None and self.cam_classes is not None:
             raise ValueError("Give `cam_subset` or `cam_classes`, not both.")
         if self.cam_model is None and (self.cam_subset is not None or self.cam_classes is not None):
@@ -65,7 +65,7 @@ def _map_network(maps: MapArguments, bank: TrajectoryBank) -> dict[str, Any]:
     from hf_effml import load_image_processor
     from hf_effml.utils.model_kinds import check_task
 
-    classes = maps.cam_classes or IMAGENET_SUBSETS.get(maps.cam_subset or "")
+    classes = maps.cam_classes or (subset_info(maps.cam_subset).indices if maps.cam_subset else None)
     labels = len(bank.metadata["dataset"]["label_names"])
     if classes is not None and len(classes) != labels:
         raise ValueError(f"Name one class of `cam_model` for each of the {labels} classes; got {len(classes)}.")

@@ -24,7 +24,7 @@ class Command:
 
     @property
     def per_method(self) -> bool:
-        """Whether the command has a program for every method."""
+        """Whether the command has a program for every method, or for every action."""
         return self.script.endswith("_")
 
 
@@ -40,6 +40,7 @@ GROUPS = {
         "bench": Command("METHOD", "time, memory and FLOPs on this machine", "bench_"),
     },
     "data and sharing": {
+        "comp-dd": Command("ACTION", "subsets of ImageNet by complexity", "comp_dd_"),
         "convert": Command("SOURCE OUT", "official checkpoint -> folder for from_pretrained", "convert_vim"),
         "push": Command("FOLDER REPO", "upload a folder with its card", "push"),
     },

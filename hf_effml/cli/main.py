@@ -64,21 +64,21 @@ def run_command(argv: list[str] | None) -> dict[str, Any] | None:
         programs = programs_of(script)
         keyword, *rest = rest or [""]
         if keyword in ("--help", "-h"):
-            print(_programs_help(name, programs))
+            print(_programs_help(name, commands[name].usage, programs))
             return None
-        script = _choose(name, keyword, programs).stem
+        script = _choose(name, commands[name].usage.lower(), keyword, programs).stem
     return import_module(f"hf_effml.scripts.{script}").main(rest)
 
 
-def _choose(command: str, keyword: str, programs: dict[str, Path]) -> Path:
+def _choose(command: str, what: str, keyword: str, programs: dict[str, Path]) -> Path:
     if keyword in programs:
         return programs[keyword]
     prog, known = f"hf-effml {command}", ", ".join(programs)
     if not keyword or keyword.startswith("-"):
-        raise UsageError(f"`{prog}` needs a method first: {known}.", prog)
+        raise UsageError(f"`{prog}` needs {'an' if what[0] in 'aeiou' else 'a'} {what} first: {known}.", prog)
     if any(method.key == keyword and not method.available for method in METHODS):
         raise UsageError(f"`{keyword}` is not in hf-effml {__version__} yet; there are: {known}.", prog)
-    raise UsageError(f"`{keyword}` is no method of `{prog}` ({known}){did_you_mean(keyword, programs)}", prog)
+    raise UsageError(f"`{keyword}` is no {what} of `{prog}` ({known}){did_you_mean(keyword, programs)}", prog)
 
 
 def _overview(commands: dict[str, Command]) -> str:
@@ -95,12 +95,12 @@ def _overview(commands: dict[str, Command]) -> str:
     return "\n".join(lines)
 
 
-def _programs_help(command: str, programs: dict[str, Path]) -> str:
-    lines = [f"usage: hf-effml {command} METHOD [options]", ""]
+def _programs_help(command: str, what: str, programs: dict[str, Path]) -> str:
+    lines = [f"usage: hf-effml {command} {what} [options]", ""]
     for keyword, path in programs.items():
         docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
         lines.append(help_line(keyword, docstring.partition("\n")[0]))
-    return "\n".join([*lines, "", f"`hf-effml {command} METHOD --help` shows the options."])
+    return "\n".join([*lines, "", f"`hf-effml {command} {what} --help` shows the options."])
 
 
 def _parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:

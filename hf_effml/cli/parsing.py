@@ -137,7 +137,9 @@ class _Parser(argparse.ArgumentParser):
         if kwargs.pop("required", False):
             kwargs["default"] = dataclasses.MISSING
         if kwargs.pop("positional", False):
-            names, kwargs["nargs"] = (names[0].removeprefix("--"),), "?"
+            # Whatever is missing is for the caller to say.
+            nargs = "*" if kwargs.get("nargs") == "+" else "?"
+            names, kwargs["nargs"] = (names[0].removeprefix("--"),), nargs
         return super().add_argument(*names, **kwargs)
 
 
@@ -196,7 +198,7 @@ def _convert(
             try:
                 check_type(key, value, actions[key], kinds[key])
                 if key in positional:
-                    parser.set_defaults(**{key: str(value)})
+                    parser.set_defaults(**{key: value if isinstance(value, list) else str(value)})
                 elif value is None or value == [] or (isinstance(value, list) and actions[key].nargs is None):
                     setattr(namespace, key, value)
                 else:

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,7 @@ from typing import Any, Literal
 from PIL import Image
 from transformers.utils import logging
 
-from hf_effml import __version__
+from hf_effml.hub.kinds import installed_versions
 from hf_effml.utils.files import write_json
 from hf_effml.utils.imports import require, usable
 from hf_effml.utils.processes import only_run_in
@@ -29,7 +30,8 @@ __all__ = ["FACTS_NAME", "PictureSettings", "build_comp_dd", "encode_picture", "
 
 logger = logging.get_logger(__name__)
 
-FACTS_NAME, _SETTINGS_NAME, _SPOOL = "comp_dd.json", "_build.json", "_spool"
+FACTS_NAME = "comp_dd.json"
+_SETTINGS_NAME, _SPOOL = "_build.json", "_spool"
 _ROWS_PER_SHARD = 2000
 # Readers that shuffle or look at few rows fetch one group of them at a time.
 _ROWS_PER_GROUP = 100
@@ -193,16 +195,20 @@ def build_comp_dd(
     """
     if num_proc < 1:
         raise ValueError(f"`num_proc` must be at least 1; got {num_proc}.")
-    chosen = _choose(subsets)
+    asked = _choose(subsets)
     settings = (pictures or PictureSettings()).resolved()
     source = find_imagenet(imagenet, token, revision)
     folder = Path(output_dir)
     with only_run_in(folder), _one_thread_of_torch(settings), ThreadPoolExecutor(num_proc) as pool:
         convert = partial(_convert, settings=settings, skip_broken=skip_broken)
         rows: Any
+        chosen = asked
         if isinstance(source, ImageFiles):
             rows = _FileRows(source, chosen, convert, pool)
         else:
+            # Tables are long to read, and a commit never changes.
+            described = asdict(settings) | {"source": source.description}
+            chosen = [each for each in asked if not _is_complete(folder / each.config, _facts_of(each, described))]
             rows = _TableRows(source, chosen, convert, pool, folder / _SPOOL, asdict(settings))
         _check_counts(chosen, rows, strict)
         plans = [_Plan(folder, subset, rows, settings, source.description, skip_broken) for subset in chosen]
@@ -216,8 +222,8 @@ def build_comp_dd(
         from hf_effml.hub import write_card
 
         write_card(folder)
-    loaded = {subset.config: _load(folder, subset.config) for subset in chosen}
-    return loaded[chosen[0].config] if isinstance(subsets, str | Subset) and len(chosen) == 1 else loaded
+    loaded = {subset.config: _load(folder, subset.config) for subset in asked}
+    return loaded[asked[0].config] if isinstance(subsets, str | Subset) and len(asked) == 1 else loaded
 
 
 class _FileRows:
@@ -321,19 +327,7 @@ class _Plan:
             for shard in range(number):
                 part = slice(shard * _ROWS_PER_SHARD, min((shard + 1) * _ROWS_PER_SHARD, count))
                 self._parts[f"{split}-{shard:05d}-of-{number:05d}.parquet"] = split, part
-        shown = asdict(settings) | {"size": None if settings.image_format == "original" else settings.size}
-        self._facts = {
-            "config": subset.config,
-            "category": subset.category,
-            "difficulty": subset.difficulty,
-            "classes": list(subset.names),
-            "synsets": list(subset.synsets),
-            "imagenet_indices": list(subset.indices),
-            "mean_complexity_percent": subset.mean_complexity,
-            "published_train_images": subset.train_images,
-            **shown,
-            "source": source,
-        }
+        self._facts = _facts_of(subset, asdict(settings) | {"source": source})
         asked = self._facts | {"names": digest, "skip_broken": skip_broken, "rows_per_shard": _ROWS_PER_SHARD}
         self.shards = ShardFolder(self._folder, self._parts, asked, description=_SETTINGS_NAME)
 
@@ -376,11 +370,32 @@ class _Plan:
             splits[split] = {"images": len(rows), "bytes": size, "per_class": counts, "files": files}
         if skipped:
             logger.warning(f"{self.subset.config}: left out {len(skipped)} broken pictures: {', '.join(skipped[:5])}.")
-        return {
-            "splits": splits,
-            "skipped": skipped,
-            "versions": {"hf-effml": __version__, "pillow": Image.__version__},
-        }
+        packages = ("hf-effml", "pillow", *(["torchvision"] if self._facts["decoder"] == "torchvision" else []))
+        versions = installed_versions("pillow", "torchvision")
+        return {"splits": splits, "skipped": skipped, "versions": {name: versions[name] for name in packages}}
+
+
+def _facts_of(subset: Subset, how: Mapping[str, Any]) -> dict[str, Any]:
+    """What is known of a subset's folder before it is built."""
+    return {
+        "config": subset.config,
+        "category": subset.category,
+        "difficulty": subset.difficulty,
+        "classes": list(subset.names),
+        "synsets": list(subset.synsets),
+        "imagenet_indices": list(subset.indices),
+        "mean_complexity_percent": subset.mean_complexity,
+        "published_train_images": subset.train_images,
+        **how,
+        "size": None if how["image_format"] == "original" else how["size"],
+    }
+
+
+def _is_complete(folder: Path, facts: Mapping[str, Any]) -> bool:
+    path = folder / FACTS_NAME
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    files = [name for each in found.get("splits", {}).values() for name in each["files"]]
+    return facts.items() <= found.items() and all((folder / name).is_file() for name in files)
 
 
 def _choose(subsets: str | Subset | Sequence[str | Subset]) -> list[Subset]:

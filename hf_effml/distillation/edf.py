@@ -10,22 +10,11 @@ from .class_activation import resize
 
 
 __all__ = [
-    "IMAGENET_SUBSETS",
     "area_weights",
     "constant_maps",
     "for_map_network",
     "map_class_ids",
 ]
-
-# Class ids among the thousand of ImageNet, in the order in which the subsets number them.
-IMAGENET_SUBSETS = {
-    "imagefruit": (953, 954, 949, 950, 951, 957, 952, 945, 943, 948),
-    "imagemeow": (281, 282, 283, 284, 285, 291, 292, 290, 289, 287),
-    "imagenette": (0, 217, 482, 491, 497, 566, 569, 571, 574, 701),
-    "imagesquawk": (84, 130, 88, 144, 145, 22, 96, 9, 100, 89),
-    "imagewoof": (193, 182, 258, 162, 155, 167, 159, 273, 207, 229),
-    "imageyellow": (309, 986, 954, 951, 987, 779, 599, 291, 72, 11),
-}
 
 
 def area_weights(maps: Tensor, beta: float, threshold: float | None = None) -> Tensor:
@@ -93,7 +82,7 @@ def map_class_ids(labels: Tensor, cam_label_map: Mapping[int, int]) -> Tensor:
             Class ids, of synthetic images the `argmax` of their soft labels.
         cam_label_map (`Mapping[int, int]`):
             The network's class id for every class of the data set, for example
-            `dict(enumerate(IMAGENET_SUBSETS["imagenette"]))`.
+            `dict(enumerate(subset_info("imagenette").indices))`.
 
     Returns:
         `Tensor` of shape `(images,)`: int64, on the device of `labels`.
@@ -105,9 +94,10 @@ def map_class_ids(labels: Tensor, cam_label_map: Mapping[int, int]) -> Tensor:
 
     ```python
     >>> import torch
-    >>> from hf_effml.distillation.edf import IMAGENET_SUBSETS, map_class_ids
+    >>> from hf_effml.comp_dd import subset_info
+    >>> from hf_effml.distillation.edf import map_class_ids
 
-    >>> map_class_ids(torch.tensor([2, 0]), dict(enumerate(IMAGENET_SUBSETS["imagenette"])))
+    >>> map_class_ids(torch.tensor([2, 0]), dict(enumerate(subset_info("imagenette").indices)))
     tensor([482,   0])
 
     ```

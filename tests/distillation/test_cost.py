@@ -59,7 +59,7 @@ def test_known_settings(costs, name):
 
 
 def test_published_settings(costs):
-    assert len(costs) == 12 + 12 + 23
+    assert len(costs) == 12 + 12 + 41
     parameters = {"cifar10": 320_010, "cifar100": 504_420, "tiny_imagenet": 857_160}
     for name, cost in costs.items():
         data = name.split()[1].rpartition("_ipc")[0]

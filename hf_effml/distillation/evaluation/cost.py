@@ -227,11 +227,14 @@ def estimate_cost(
 
 # Classes, image size and depth of the student; subsets of ImageNet have 10, 128 and 5.
 _SUBSETS = ("imagenette", "imagewoof", "imagemeow", "imageyellow", "imagesquawk", "imagefruit", "comp-dd")
+_OF_COMP_DD = tuple(
+    f"{category}_{difficulty}" for category in ("bird", "car", "dog") for difficulty in ("easy", "hard")
+)
 _EXPERTS = {
     "expert-cifar10": (10, 32, 3),
     "expert-cifar100": (100, 32, 3),
     "expert-tiny-imagenet": (200, 64, 4),
-    **{f"expert-{name}": (10, 128, 5) for name in _SUBSETS},
+    **{f"expert-{name}": (10, 128, 5) for name in (*_SUBSETS, *_OF_COMP_DD)},
 }
 # Channels, image size and classes of what recipes of experts are trained on.
 _DATA = {
@@ -240,6 +243,7 @@ _DATA = {
     "uoft-cs/cifar100": (3, 32, 100),
     "zh-plus/tiny-imagenet": (3, 64, 200),
     "ILSVRC/imagenet-1k": (3, 224, 1000),
+    "comp-dd:bird_easy": (3, 128, 10),
 }
 
 
