@@ -6,11 +6,24 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .building import *  # noqa: F403
+    from .complexity import *  # noqa: F403
     from .subsets import *  # noqa: F403
 
 # Where the public names are. They are loaded when asked for: `hf-effml comp-dd list` answers without torch.
 _HOMES = {
     "building": ("build_comp_dd",),
+    "complexity": (
+        "ComplexityScores",
+        "MapNetwork",
+        "class_complexity",
+        "complexity_of_maps",
+        "draw_complexity",
+        "make_subsets",
+        "score_complexity",
+        "score_images",
+        "subset_complexity",
+        "translate_classes",
+    ),
     "subsets": (
         "OLDER_SUBSETS",
         "SUBSETS",

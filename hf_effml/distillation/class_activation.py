@@ -10,7 +10,9 @@ from .feature_layers import as_planes, evaluating, feature_layers, find_cam_laye
 from .flat_student import logits_of
 
 
-__all__ = ["class_activation_map", "resize"]
+__all__ = ["class_activation_map", "explain_images", "resize"]
+
+MapMethod = Literal["gradcam", "hirescam", "smoothgradcampp"]
 
 # Smooth Grad-CAM++ as the authors of EDF ran it.
 _NOISY_COPIES = 4
@@ -23,10 +25,10 @@ _FLAT = 1e-6
 def class_activation_map(
     model: nn.Module,
     pixel_values: Tensor,
-    class_ids: Tensor,
+    class_ids: Tensor | None,
     layer: str | None = None,
-    method: Literal["gradcam", "hirescam", "smoothgradcampp"] = "gradcam",
-    size: tuple[int, int] | None = None,
+    method: MapMethod = "gradcam",
+    size: tuple[int, int] | Literal["map"] | None = None,
     batch_size: int = 64,
     generator: torch.Generator | None = None,
     noise: Tensor | None = None,
@@ -44,8 +46,9 @@ def class_activation_map(
             class tokens are taken to stand in front and are left out.
         pixel_values (`Tensor` of shape `(images, channels, height, width)`):
             Images as the model expects them; see [`for_map_network`].
-        class_ids (`Tensor` of shape `(images,)`):
-            The class to explain in each image, as the model numbers its classes; see [`map_class_ids`].
+        class_ids (`Tensor` of shape `(images,)` or `None`):
+            The class to explain in each image, as the model numbers its classes; see [`map_class_ids`]. `None`
+            explains the class that the model names itself.
         layer (`str`, *optional*):
             Name of the module whose output is looked at; found by [`find_cam_layer`] if unset.
         method (`str`, *optional*, defaults to `"gradcam"`):
@@ -53,8 +56,8 @@ def class_activation_map(
             one, as in [`ConvNetForImageClassification`], its maps may miss the object. `"hirescam"` leaves every
             gradient in its place, which is right there, and the same as Grad-CAM where the map is pooled.
             `"smoothgradcampp"` takes five forward passes and depends on random noise.
-        size (`tuple[int, int]`, *optional*):
-            Height and width of the result; those of the images if unset.
+        size (`tuple[int, int]` or `"map"`, *optional*):
+            Height and width of the result; those of the images if unset, and with `"map"` those of the layer's map.
         batch_size (`int`, *optional*, defaults to 64):
             Images per forward pass. A larger value needs more memory.
         generator (`torch.Generator`, *optional*):
@@ -83,24 +86,54 @@ def class_activation_map(
 
     ```
     """
+    maps, _ = explain_images(model, pixel_values, class_ids, layer, method, batch_size, generator, noise)
+    if size == "map":
+        return maps
+    return resize(maps.unsqueeze(1), size or pixel_values.shape[-2:]).squeeze(1)
+
+
+def explain_images(
+    model: nn.Module,
+    pixel_values: Tensor,
+    class_ids: Tensor | None,
+    layer: str | None = None,
+    method: MapMethod = "gradcam",
+    batch_size: int = 64,
+    generator: torch.Generator | None = None,
+    noise: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Draws class activation maps in the layer's own size, and gives the class scores of the same forward pass.
+
+    Args:
+        model, pixel_values, class_ids, layer, method, batch_size, generator, noise:
+            As for [`class_activation_map`].
+
+    Returns:
+        `tuple[Tensor, Tensor]`: float32 maps `(images, h, w)` from 0 to 1, and class scores `(images, classes)`.
+
+    Raises:
+        ValueError: As [`class_activation_map`].
+    """
     _check_request(pixel_values, class_ids, method, batch_size, noise)
     if generator is None:
         generator = torch.Generator().manual_seed(0)
-    pixel_values, maps = pixel_values.detach(), []
+    pixel_values, maps, scores = pixel_values.detach(), [], []
     with evaluating(model):
         explain = _Explainer(model, layer, pixel_values)
         for start in range(0, len(pixel_values), batch_size):
             part = slice(start, start + batch_size)
-            pixels, ids = pixel_values[part], class_ids[part]
+            pixels, ids = pixel_values[part], None if class_ids is None else class_ids[part]
+            features, gradient, logits = explain(pixels, ids)
             if method == "gradcam":
-                maps.append(_gradcam(explain, pixels, ids))
+                maps.append(_weighted_sum(features, gradient.mean(dim=(2, 3))))
             elif method == "hirescam":
-                maps.append(_hirescam(explain, pixels, ids))
+                maps.append((features * gradient).sum(1).relu())
             else:
                 copies = _draw_noise(pixels, generator) if noise is None else noise[:, part]
-                maps.append(_smooth_gradcampp(explain, pixels, ids, copies.to(pixels)))
-    maps = _stretch(torch.cat(maps)).unsqueeze(1)
-    return resize(maps, size or pixel_values.shape[-2:]).squeeze(1).to(pixel_values.device)
+                ids = logits.argmax(1) if ids is None else ids
+                maps.append(_smooth_gradcampp(explain, features, pixels, ids, copies.to(pixels)))
+            scores.append(logits)
+    return _stretch(torch.cat(maps)).to(pixel_values.device), torch.cat(scores).to(pixel_values.device)
 
 
 def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
@@ -120,22 +153,13 @@ def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(images, size=tuple(size), mode="bilinear", align_corners=False, antialias=True)
 
 
-def _gradcam(explain: "_Explainer", pixels: Tensor, class_ids: Tensor) -> Tensor:
-    features, gradient = explain(pixels, class_ids)
-    return _weighted_sum(features, gradient.mean(dim=(2, 3)))
-
-
-def _hirescam(explain: "_Explainer", pixels: Tensor, class_ids: Tensor) -> Tensor:
-    features, gradient = explain(pixels, class_ids)
-    return (features * gradient).sum(1).relu()
-
-
-def _smooth_gradcampp(explain: "_Explainer", pixels: Tensor, class_ids: Tensor, noise: Tensor) -> Tensor:
+def _smooth_gradcampp(
+    explain: "_Explainer", clean: Tensor, pixels: Tensor, class_ids: Tensor, noise: Tensor
+) -> Tensor:
     """As the version the authors used: the last copy alone gives features and the sign of the gradient."""
-    clean, gradient = explain(pixels, class_ids)
-    squares, cubes = torch.zeros_like(gradient), torch.zeros_like(gradient)
+    squares, cubes = torch.zeros_like(clean), torch.zeros_like(clean)
     for copy in noise:
-        features, gradient = explain(pixels + copy, class_ids)
+        features, gradient, _ = explain(pixels + copy, class_ids)
         squares += gradient**2 / len(noise)
         cubes += gradient**3 / len(noise)
     alpha = squares / (2 * squares + (cubes * clean).sum(dim=(2, 3), keepdim=True) + _EPS)
@@ -160,7 +184,7 @@ def _stretch(maps: Tensor) -> Tensor:
 
 
 class _Explainer:
-    """Features at a layer and the gradient of class scores with respect to them, both `(batch, channels, h, w)`."""
+    """Features at a layer and the gradient of a class score with respect to them, both `(batch, channels, h, w)`."""
 
     def __init__(self, model: nn.Module, layer: str | None, pixel_values: Tensor):
         self.model = model
@@ -170,10 +194,11 @@ class _Explainer:
             raise ValueError(f"`layer` {layer!r} is not in {type(model).__name__}. {_candidates(model, pixel_values)}")
         self.module = modules[self.layer]
 
-    def __call__(self, pixels: Tensor, class_ids: Tensor) -> tuple[Tensor, Tensor]:
-        parameter = next(self.model.parameters())
-        pixels, class_ids = pixels.to(parameter), class_ids.to(parameter.device, torch.int64)
+    def __call__(self, pixels: Tensor, class_ids: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """The class scores are those of the forward pass; without `class_ids` the highest one is explained."""
+        pixels = pixels.to(next(self.model.parameters()))
         leaf, logits = self._run(pixels)
+        class_ids = logits.argmax(1) if class_ids is None else class_ids.to(logits.device, torch.int64)
         _check_classes(class_ids, logits.shape[1])
         scores = logits.gather(1, class_ids.unsqueeze(1)).sum()
         gradient = None
@@ -187,7 +212,7 @@ class _Explainer:
                 f"`layer` {self.layer!r} of {type(self.model).__name__} gives no map that the class scores depend on. "
                 f"{_candidates(self.model, pixels)}"
             )
-        return features.detach().float(), slopes.float()
+        return features.detach().float(), slopes.float(), logits.detach().float()
 
     def _run(self, pixels: Tensor) -> tuple[Tensor | None, Tensor]:
         """The layer's output, from which on a graph is recorded, and the class scores."""
@@ -218,13 +243,13 @@ def _candidates(model: nn.Module, pixel_values: Tensor) -> str:
 
 
 def _check_request(
-    pixel_values: Tensor, class_ids: Tensor, method: str, batch_size: int, noise: Tensor | None
+    pixel_values: Tensor, class_ids: Tensor | None, method: str, batch_size: int, noise: Tensor | None
 ) -> None:
     if pixel_values.dim() != 4 or not len(pixel_values):
         raise ValueError(
             f"`pixel_values` must be images `(images, channels, height, width)`; got {tuple(pixel_values.shape)}."
         )
-    if class_ids.shape != pixel_values.shape[:1]:
+    if class_ids is not None and class_ids.shape != pixel_values.shape[:1]:
         raise ValueError(
             f"`class_ids` must be one class per image, {len(pixel_values)} in all; got {tuple(class_ids.shape)}."
         )

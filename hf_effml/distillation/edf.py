@@ -14,6 +14,7 @@ __all__ = [
     "constant_maps",
     "for_map_network",
     "map_class_ids",
+    "preprocess_pixels",
 ]
 
 
@@ -154,7 +155,7 @@ def for_map_network(
         pixels = _unit_range(pixel_values, source_processor)
         if size is None and getattr(target_processor, "do_whiten", False):
             size = target_processor.image_size
-        return _preprocessed(pixels if size is None else resize(pixels, size), target_processor)
+        return preprocess_pixels(pixels if size is None else resize(pixels, size), target_processor)
 
 
 def _unit_range(pixel_values: Tensor, processor: Any) -> Tensor:
@@ -169,7 +170,22 @@ def _unit_range(pixel_values: Tensor, processor: Any) -> Tensor:
     return (pixel_values * std + mean).clamp(0, 1)
 
 
-def _preprocessed(pixels: Tensor, processor: Any) -> Tensor:
+def preprocess_pixels(pixels: Tensor, processor: Any) -> Tensor:
+    """Normalises or whitens pixels with the statistics of an image processor, without resizing or cropping.
+
+    Args:
+        pixels (`Tensor` of shape `(images, channels, height, width)`):
+            Values in [0, 1]; grey images become as many equal channels as are wanted.
+        processor ([`ZCAImageProcessor`] or an image processor of transformers):
+            That of the network.
+
+    Returns:
+        `Tensor` of the same images.
+
+    Raises:
+        TypeError: If the processor does not say how it normalises.
+        ValueError: If the numbers of channels do not fit.
+    """
     if hasattr(processor, "whiten"):
         return processor.whiten(_with_channels(pixels, processor.num_channels))
     mean, std = _statistics(processor, pixels)

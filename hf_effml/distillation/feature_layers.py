@@ -12,7 +12,16 @@ from torch import Tensor, nn
 from .flat_student import logits_of
 
 
-__all__ = ["as_planes", "demanded_size", "evaluating", "feature_layers", "find_cam_layer", "first_tensor"]
+__all__ = [
+    "as_planes",
+    "demanded_size",
+    "evaluating",
+    "feature_layers",
+    "find_cam_layer",
+    "first_tensor",
+    "input_channels",
+    "own_size",
+]
 
 # DINOv2 has five tokens that are no patches, which is the most among common models.
 _MOST_CLASS_TOKENS = 8
@@ -50,12 +59,13 @@ def find_cam_layer(model: nn.Module, pixel_values: Tensor | None = None) -> str:
     ```
     """
     if pixel_values is None:
-        pixel_values = _some_image(model, _own_size(model) or (224, 224))
+        pixel_values = _some_image(model, own_size(model) or (224, 224))
     maps = feature_layers(model, pixel_values)
     if not maps:
         raise ValueError(
             f"No layer of {type(model).__name__} gives a map that its class scores depend on, for images of "
-            f"{tuple(pixel_values.shape[-2:])} pixels. Pass a trained model, or larger images."
+            f"{tuple(pixel_values.shape[-2:])} pixels. Pass a trained model, larger images, or as `layer` the name of "
+            "one with a map."
         )
     blocks = [name for name, kind in maps.items() if kind == "tokens" and name[-1].isdigit()]
     planes = [name for name, kind in maps.items() if kind == "planes"]
@@ -96,7 +106,7 @@ def demanded_size(model: nn.Module, size: tuple[int, int]) -> tuple[int, int] | 
             model(image)
     # timm asserts the size, transformers raises ValueError, a linear layer on a flattened map RuntimeError.
     except (AssertionError, RuntimeError, ValueError) as error:
-        own = _own_size(model)
+        own = own_size(model)
         if own is None or own == tuple(size):
             raise ValueError(
                 f"{type(model).__name__} takes no images of {tuple(size)} pixels, and no size that it takes is known. "
@@ -205,8 +215,16 @@ def as_planes(features: Tensor, size: tuple[int, int]) -> Tensor | None:
     return None
 
 
-def _own_size(model: nn.Module) -> tuple[int, int] | None:
-    """What the configuration says, in the ways of transformers and timm."""
+def own_size(model: nn.Module) -> tuple[int, int] | None:
+    """Reads what size of images a model is made for, in the ways of transformers and timm.
+
+    Args:
+        model (`nn.Module`):
+            An image classifier.
+
+    Returns:
+        `tuple[int, int]` or `None`: height and width; `None` if its configuration does not say.
+    """
     config = getattr(model, "config", None)
     size = getattr(config, "image_size", None)
     if size is None:
@@ -215,11 +233,23 @@ def _own_size(model: nn.Module) -> tuple[int, int] | None:
     return (size, size) if isinstance(size, int) else tuple(size) or None
 
 
-def _some_image(model: nn.Module, size: tuple[int, int]) -> Tensor:
+def input_channels(model: nn.Module) -> int:
+    """Reads how many channels a model's images have: from its configuration, or else its first kernel.
+
+    Args:
+        model (`nn.Module`):
+            An image classifier.
+
+    Returns:
+        `int`: 3 if neither says.
+    """
     kernel = next((weight for weight in model.parameters() if weight.dim() == 4), None)
     channels = getattr(getattr(model, "config", None), "num_channels", None)
-    channels = channels or (3 if kernel is None else kernel.shape[1])
-    return torch.rand(1, channels, *size, generator=torch.Generator().manual_seed(0))
+    return channels or (3 if kernel is None else kernel.shape[1])
+
+
+def _some_image(model: nn.Module, size: tuple[int, int]) -> Tensor:
+    return torch.rand(1, input_channels(model), *size, generator=torch.Generator().manual_seed(0))
 
 
 def on_device(model: nn.Module, device: torch.device | str) -> nn.Module:

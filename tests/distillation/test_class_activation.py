@@ -331,3 +331,14 @@ def test_hirescam_equals_gradcam_where_the_head_pools_and_differs_where_it_flatt
     for network, equal in ((pooled, True), (flattened, False)):
         maps = [class_activation_map(network, images, classes, method=method) for method in ("gradcam", "hirescam")]
         assert torch.allclose(*maps, atol=1e-5) == equal
+
+
+def test_own_size_and_own_class_in_one_forward_pass():
+    model, pixels, passes = tiny_resnet(), images(), []
+    model.register_forward_hook(lambda *given: passes.append(given[2].logits))
+    maps = class_activation_map(model, pixels, None, "resnet.encoder.stages.1", size="map")
+    assert len(passes) == 1 and maps.shape == (4, 4, 4)
+    named = passes[0].argmax(1)
+    assert torch.equal(maps, class_activation_map(model, pixels, named, "resnet.encoder.stages.1", size="map"))
+    half = class_activation_map(model.bfloat16(), pixels, named, "resnet.encoder.stages.1", size="map")
+    assert half.dtype == torch.float32 and half.shape == maps.shape
