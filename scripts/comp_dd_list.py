@@ -53,8 +53,8 @@ def _details(subset: Subset, commands: dict[str, str]) -> str:
     if subset.mean_complexity:
         lines[0] += f", mean complexity {subset.mean_complexity} % (published)"
     lines += ["", f"{'label':>5}  {'ImageNet':>8}  {'synset':<10}  {'train':>6}  name"]
-    counts = subset.train_per_class or ("?",) * len(subset.names)
-    rows = zip(subset.indices, subset.synsets, counts, subset.names, strict=True)
+    per_class = subset.train_per_class or ("?",) * len(subset.names)
+    rows = zip(subset.indices, subset.synsets, per_class, subset.names, strict=True)
     for label, (index, synset, count, name) in enumerate(rows):
         lines.append(f"{label:>5}  {index:>8}  {synset:<10}  {count:>6}  {name}")
     if subset.config == "music_hard":

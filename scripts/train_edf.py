@@ -28,7 +28,10 @@ class MapArguments:
 
     def __post_init__(self) -> None:
         if self.cam_subset is not None:
-            subset_info(self.cam_subset)
+            try:
+                subset_info(self.cam_subset)
+            except ValueError as error:
+                raise ValueError(f"`cam_subset`: {error}") from error
         if self.cam_subset is not None and self.cam_classes is not None:
             raise ValueError("Give `cam_subset` or `cam_classes`, not both.")
         if self.cam_model is None and (self.cam_subset is not None or self.cam_classes is not None):

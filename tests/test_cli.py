@@ -101,7 +101,7 @@ def test_overview_lists_what_exists(capsys):
     text = capsys.readouterr().out
     for program in PROGRAMS:
         assert all(word in text for word in _words(program)), program
-    assert "comp-dd" not in text and "mmfl" not in text
+    assert "mmfl" not in text
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

@@ -79,7 +79,7 @@ def test_setup_commands():
 @pytest.mark.parametrize("line", COMMANDS)
 def test_commands_and_their_options_exist(line):
     words = shlex.split(line)[1:]
-    program = words[:2] if words[0] in ("train", "evaluate", "bench") else words[:1]
+    program = words[:2] if words[0] in ("train", "evaluate", "bench", "comp-dd") else words[:1]
     output = io.StringIO()
     with contextlib.redirect_stdout(output), pytest.raises(SystemExit) as end:
         main([*program, "--help-all"])
@@ -91,7 +91,7 @@ def test_commands_and_their_options_exist(line):
 def test_commands_it_lists_are_all_there_are(capsys):
     main([])
     listed = re.search(r"lists the commands: (.*)\.", README).group(1)
-    assert re.findall(r"^  (\w+)", capsys.readouterr().out, flags=re.MULTILINE) == re.findall(r"`(\w+)`", listed)
+    assert re.findall(r"^  ([\w-]+)", capsys.readouterr().out, flags=re.MULTILINE) == re.findall(r"`([\w-]+)`", listed)
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.key)

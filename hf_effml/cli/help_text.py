@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import shutil
 import textwrap
+from collections.abc import Iterable
 from typing import Any, Literal, get_args, get_origin
 
 
@@ -59,12 +60,23 @@ def program_help(
 def _recipes_help(recipes: dict[str, dict[str, Any]]) -> str:
     """One line per recipe with what it is for, or the names alone where they are many."""
     if len(recipes) > _MOST_RECIPES:
-        return "\n".join(["Recipes", textwrap.indent(textwrap.fill(", ".join(recipes), _width() - 2), "  ")])
+        return "\n".join(["Recipes", textwrap.indent(textwrap.fill(_joined(recipes), _width() - 2), "  ")])
     short = {
         name: textwrap.shorten(recipe.get("about", ""), _width() - 26, placeholder=" ...")
         for name, recipe in recipes.items()
     }
     return "\n".join(["Recipes", *(help_line(name, text) for name, text in short.items())])
+
+
+def _joined(names: Iterable[str]) -> str:
+    """Names in one line; those that differ in a number at their end alone as `name{1,10,50}`."""
+    numbers: dict[str, list[str]] = {}
+    for name in names:
+        stem = name.rstrip("0123456789")
+        numbers.setdefault(stem, []).append(name.removeprefix(stem))
+    return ", ".join(
+        f"{stem}{{{','.join(ends)}}}" if len(ends) > 1 else f"{stem}{ends[0]}" for stem, ends in numbers.items()
+    )
 
 
 def help_line(label: str, text: str) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from hf_effml.hub.kinds import installed_versions
 from hf_effml.utils.files import write_json
-from hf_effml.utils.imports import require, usable
+from hf_effml.utils.imports import require
 from hf_effml.utils.processes import only_run_in
 from hf_effml.utils.shards import ShardFolder
 
@@ -26,7 +26,7 @@ from .imagenet import ImageFiles, ImageTables, Picture, find_imagenet, wanted_sy
 from .subsets import SUBSETS, Subset, subset_info
 
 
-__all__ = ["FACTS_NAME", "PictureSettings", "build_comp_dd", "encode_picture", "read_picture"]
+__all__ = ["FACTS_NAME", "PictureSettings", "build_comp_dd", "encode_picture", "read_picture", "torchvision_decodes"]
 
 logger = logging.get_logger(__name__)
 
@@ -89,10 +89,23 @@ class PictureSettings:
 
     def resolved(self) -> "PictureSettings":
         """The same with a decoder that works here."""
-        if self.decoder == "torchvision" and not usable("torchvision"):
+        if self.decoder == "torchvision" and not torchvision_decodes():
             raise ValueError("`decoder` must be `pil` here: torchvision is not installed, or does not fit torch.")
-        fast = usable("torchvision") and not self.fast_decode and self.image_format != "original"
+        fast = not self.fast_decode and self.image_format != "original" and torchvision_decodes()
         return PictureSettings(**asdict(self) | {"decoder": self.decoder or ("torchvision" if fast else "pil")})
+
+
+@cache
+def torchvision_decodes() -> bool:
+    """Says whether torchvision can decode JPEG here; being installed is not enough."""
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "JPEG")
+    try:
+        _by_torchvision(file.getvalue(), PictureSettings(size=8))
+    # A build for another torch raises what it likes.
+    except Exception:
+        return False
+    return True
 
 
 def read_picture(data: bytes, settings: PictureSettings) -> Image.Image:
@@ -263,6 +276,8 @@ class _TableRows:
         self._files = {
             f"{split}-{number:05d}.arrow": file for split in _SPLITS for number, file in enumerate(source.files[split])
         }
+        if not subsets:
+            return
         asked = {"indices": sorted(self._indices), "source": source.description, "files": len(self._files), **settings}
         shards = ShardFolder(folder, self._files, asked)
         missing = shards.start()

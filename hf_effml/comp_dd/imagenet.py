@@ -111,7 +111,7 @@ class ImageFiles:
             found = {synset: list(self._of_class(place, synset)) for synset in synsets}
         missing = [synset for synset in synsets if not found.get(synset)]
         if missing:
-            seen = sorted(each for each in found if each) or [path.name for path in sorted(place.iterdir())]
+            seen = sorted(path.name for path in place.iterdir()) if place.is_dir() else sorted(found)
             raise FileNotFoundError(
                 f"`{place}` has no picture of {len(missing)} classes, the first `{missing[0]}`. It holds "
                 f"{', '.join(seen[:3]) or 'nothing'}{' and more' if len(seen) > 3 else ''}. Layouts known: {_LAYOUTS}."
@@ -317,10 +317,8 @@ def _tar_members(path: Path, offset: int = 0, end: int | None = None) -> Iterato
 def _tars_of_classes(path: Path, synsets: set[str]) -> Iterator[tuple[str, list[Picture]]]:
     """The archive holds one archive per class; both are looked into where they lie."""
     for member in _members(path, 0):
-        synset = Path(member.name).stem
-        if synset in synsets:
-            start = member.offset_data
-            yield synset, list(_tar_members(path, start, start + member.size))
+        synset, start = Path(member.name).stem, member.offset_data
+        yield synset, list(_tar_members(path, start, start + member.size)) if synset in synsets else []
 
 
 def _members(path: Path, offset: int) -> Iterator[tarfile.TarInfo]:
