@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .building import *  # noqa: F403
     from .complexity import *  # noqa: F403
+    from .publishing import *  # noqa: F403
     from .subsets import *  # noqa: F403
 
 # Where the public names are. They are loaded when asked for: `hf-effml comp-dd list` answers without torch.
@@ -24,6 +25,7 @@ _HOMES = {
         "subset_complexity",
         "translate_classes",
     ),
+    "publishing": ("index_rows", "push_comp_dd", "push_index"),
     "subsets": (
         "OLDER_SUBSETS",
         "SUBSETS",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import DatasetCardData
 
 from hf_effml.hub import FolderKind, ModelFolder, add_results, renew_results
-from hf_effml.hub.kinds import installed_versions
+from hf_effml.hub.kinds import installed_versions, size_category
 from hf_effml.hub.privacy import scrub
 from hf_effml.hub.results import arguments_table
 from hf_effml.methods import Method, get_papers
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 __all__ = ["KINDS", "DistilledModelFolder", "DistilledSetFolder", "add_evaluations", "add_to_card"]
 
 _TAGS = ("dataset-distillation", "synthetic", "image-classification")
-_SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 
 
 def add_evaluations(folder: str | Path, reports: Sequence[Mapping[str, Any]]) -> Path:
@@ -110,7 +109,7 @@ class DistilledSetFolder(FolderKind):
             license=source.get("license"),
             task_categories=["image-classification"],
             source_datasets=[source["hub_id"]] if source.get("hub_id") else None,
-            size_categories=[next((size for most, size in _SIZES if info["images"] < most), "1M<n<10M")],
+            size_categories=[size_category(info["images"])],
             tags=list(
                 dict.fromkeys(
                     [*_TAGS, *(tag for each in papers for tag in each.tags), *(f"arxiv:{p.paper}" for p in papers)]

@@ -12,7 +12,9 @@ from typing import Any, ClassVar
 from huggingface_hub import DatasetCardData, ModelCardData
 
 
-__all__ = ["FolderKind", "installed_versions", "is_known", "kind_of"]
+__all__ = ["FolderKind", "installed_versions", "is_known", "kind_of", "size_category"]
+
+_SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 
 
 class FolderKind:
@@ -20,7 +22,7 @@ class FolderKind:
 
     A kind costs a subclass and a template. Its class attributes say what it is: `noun` names it in messages,
     `repo_type` is where it goes, `template` the file in `hub_cards/`, `written_by` the call that writes such a folder,
-    `left_out` patterns of files that stay here.
+    `left_out` patterns of files that stay here, `pushed_with` the command for it where `push_folder` refuses it.
 
     Args:
         folder (`Path`):
@@ -32,6 +34,7 @@ class FolderKind:
     template: ClassVar[str]
     written_by: ClassVar[str] = "save_pretrained"
     left_out: ClassVar[Sequence[str]] = ()
+    pushed_with: ClassVar[str | None] = None
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -182,6 +185,19 @@ def installed_versions(*further: str) -> dict[str, str]:
     """
     packages = ("hf-effml", "transformers", "torch", "accelerate", "huggingface-hub", "safetensors", *further)
     return {name: version for name in packages if (version := _version(name)) is not None}
+
+
+def size_category(rows: int) -> str:
+    """Says how large a data set is, as the Hub has it.
+
+    Args:
+        rows (`int`):
+            Number of its rows.
+
+    Returns:
+        `str`: a value of `size_categories`.
+    """
+    return next((size for most, size in _SIZES if rows < most), "1M<n<10M")
 
 
 @cache

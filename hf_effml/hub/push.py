@@ -52,7 +52,7 @@ def push_folder(
 
     Raises:
         FileNotFoundError: If there is no such folder.
-        ValueError: If something speaks against publishing it.
+        ValueError: If something speaks against publishing it, or another command pushes such a folder.
 
     Example:
 
@@ -62,18 +62,20 @@ def push_folder(
     >>> push_folder("my-model", "alice/my-model", private=True).commit_url  # doctest: +SKIP
     ```
     """
+    kind = kind_of(folder)
+    if kind.pushed_with is not None:
+        raise ValueError(f"`{folder}` holds a {kind.noun}, which goes to the Hub with `{kind.pushed_with}`.")
     check_folder(folder)
-    api = HfApi(token=token)
-    kind = kind_of(folder).repo_type
-    repo_id = api.create_repo(repo_id, repo_type=kind, private=private, exist_ok=True).repo_id
+    api, repo_type = HfApi(token=token), kind.repo_type
+    repo_id = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True).repo_id
     if revision is not None and not revision.startswith("refs/"):
-        api.create_branch(repo_id, repo_type=kind, branch=revision, exist_ok=True)
+        api.create_branch(repo_id, repo_type=repo_type, branch=revision, exist_ok=True)
     set_repo_id(folder, repo_id)
     if license is not None:
         set_license(folder, license)
     return api.upload_folder(
         repo_id=repo_id,
-        repo_type=kind,
+        repo_type=repo_type,
         folder_path=folder,
         commit_message=commit_message or f"Upload {repo_id.split('/')[-1]} with hf_effml",
         revision=revision,
