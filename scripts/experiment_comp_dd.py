@@ -90,7 +90,8 @@ def _verdict(report: Report) -> str:
     each = ", ".join(f"{100 * gap:+.1f}" for gap in gaps)
     expected = "as expected, the more complex classes are harder" if mean > 0 else "the more complex are NOT harder"
     agree = sum((gap > 0) == (mean > 0) for gap in gaps)
-    return f"Accuracy of easy minus hard: {100 * mean:+.1f} points ({each}): {expected}; {agree} of {len(gaps)} seeds agree."
+    says = f"{expected}; {agree} of {len(gaps)} seeds agree"
+    return f"Accuracy of easy minus hard: {100 * mean:+.1f} points ({each}): {says}."
 
 
 if __name__ == "__main__":
