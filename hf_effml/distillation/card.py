@@ -14,6 +14,7 @@ from hf_effml.hub.results import arguments_table
 from hf_effml.methods import Method, get_papers
 from hf_effml.utils.files import write_json
 from hf_effml.utils.report import as_code, markdown_table
+from hf_effml.utils.sources.split_files import recorded_name
 
 from .bank.card import TrajectoryBankFolder
 from .publishing.description import read_description
@@ -229,7 +230,7 @@ def _base(info: Mapping[str, Any]) -> str | None:
     """The real data, linked where they are on the Hub."""
     source = info.get("dataset") or {}
     if source.get("hub_id"):
-        return f"[`{source['hub_id']}`](https://huggingface.co/datasets/{source['hub_id']})"
+        return f"[`{recorded_name(source)}`](https://huggingface.co/datasets/{source['hub_id']})"
     return as_code(source["name"]) if source.get("name") else None
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hf_effml.utils.sources.class_labels import known_classes, match_classes
+from hf_effml.utils.sources.split_files import data_name
 
 from .image_processing_zca import ZCAImageProcessor
 from .image_rows import HashedImages, ImageRows, check_rows, read_rows
@@ -278,7 +279,7 @@ def load_real_images(
     if not processor.is_fitted:
         processor.fit(pixels.images, device)
     return RealImageData(
-        name=rows.hub_id or Path(name).name,
+        name=data_name(name, rows.hub_id),
         train=_whitened(pixels, processor),
         validation=_whitened(_read(validation, rows.names, processor), processor) if len(validation) else None,
         test=_whitened(_read(test, rows.names, processor), processor),

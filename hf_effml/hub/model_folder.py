@@ -9,6 +9,7 @@ from huggingface_hub import ModelCardData
 
 from hf_effml.methods import Method, get_papers
 from hf_effml.utils.report import CardResult, as_code, markdown_table
+from hf_effml.utils.sources.split_files import recorded_name
 
 from .kinds import FolderKind, installed_versions, read_config
 from .privacy import scrub, scrub_command
@@ -335,7 +336,7 @@ class ModelFolder(FolderKind):
         data = self._data
         rows = {}
         if data.get("hub_id"):
-            rows["Name"] = f"[`{data['hub_id']}`](https://huggingface.co/datasets/{data['hub_id']})"
+            rows["Name"] = f"[`{recorded_name(data)}`](https://huggingface.co/datasets/{data['hub_id']})"
         elif data.get("name"):
             rows["Name"] = as_code(data["name"])
         rows |= {f"{str(name).capitalize()} examples": f"{n:,}" for name, n in (data.get("splits") or {}).items()}

@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from .imports import require
 from .sources.class_labels import known_classes, match_classes
 from .sources.image_splits import load_image_splits
 from .sources.image_table import image_to_rgb
+from .sources.split_files import data_name
 
 
 __all__ = ["ImageData", "load_image_data", "load_image_processor"]
@@ -294,7 +294,7 @@ def load_image_data(
     else:
         splits = load_image_splits(name_or_path, only_test=only_test)
         train, test, labels, hub_id = splits.train, splits.test, splits.labels, splits.hub_id
-    name = Path(name_or_path).name if hub_id is None else hub_id
+    name = data_name(name_or_path, hub_id)
     return ImageData(
         name=name,
         train=ImageSplit(train, processor, augmentation, seed=seed, labels=labels, name=name),

@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig
 
 from hf_effml.hub import FolderKind, push_folder, write_card
 from hf_effml.utils.report import Column, Report, as_code
+from hf_effml.utils.sources.split_files import recorded_name
 
 from .files import BANK_NAME, expert_name, mean_accuracies, read_bank
 from .trajectories import PROCESSOR_FILES, TrajectoryBank
@@ -144,7 +145,7 @@ def _as_folder(bank: TrajectoryBank) -> Iterator[Path]:
 
 def _data_name(bank: Mapping[str, Any]) -> str | None:
     source = bank.get("dataset") or {}
-    return source.get("hub_id") or source.get("name")
+    return recorded_name(source)
 
 
 def _epochs(epochs: list[int]) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING
 
 from hf_effml.distillation.configuration_convnet import ConvNetConfig
+from hf_effml.utils.sources.split_files import recorded_name, split_subset
 
 
 __all__ = ["training_snippet"]
@@ -111,7 +112,9 @@ def _real_images(info: Mapping[str, Any], source: str | None) -> str:
     dataset = info.get("dataset") or {}
     if dataset.get("hub_id"):
         revision = f", revision={dataset['revision']!r}" if dataset.get("revision") else ""
-        load = f"real = load_dataset({dataset['hub_id']!r}{revision})"
+        subset = split_subset(str(recorded_name(dataset)))[1]
+        wanted = f", {subset!r}" if subset else ""
+        load = f"real = load_dataset({dataset['hub_id']!r}{wanted}{revision})"
     else:
         where = repr(source or "real-images")
         load = f'real = load_dataset("imagefolder", data_dir={where})  # train/CLASS and test/CLASS, the real images'

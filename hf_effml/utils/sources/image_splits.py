@@ -22,6 +22,7 @@ from .split_files import (
     lists_files,
     split_class_folders,
     split_folders,
+    split_subset,
     split_tables,
     visible_files,
     which_part,
@@ -95,7 +96,7 @@ def load_image_splits(name_or_path: str, revision: str | None = None, only_test:
     ['airplane', 'automobile']
     ```
     """
-    folder, base = find_data(name_or_path), name_or_path.partition(":")[0]
+    folder, base = find_data(name_or_path), split_subset(name_or_path)[0]
     is_remote = folder is None and find_data(base) is None
     if folder is not None and not folder.is_dir():
         raise ValueError(f"`{name_or_path}` must be a folder of images or parquet files; it is a file.")
@@ -159,10 +160,13 @@ def column_of(name: str, features: Mapping[str, Any], wanted: tuple[str, ...]) -
 
 
 def _from_hub(name: str, revision: str | None) -> Mapping[str, Any]:
-    base, *parts = name.split(":", 1)
+    base, subset = split_subset(name)
+    folder = find_data(base)
+    if folder is not None:
+        return _load(name, str(folder), subset=subset)
     at = {} if revision is None else {"revision": revision}
     try:
-        return require("datasets").load_dataset(str(find_data(base) or base), *parts, **at)
+        return require("datasets").load_dataset(base, *([subset] if subset else []), **at)
     except ValueError as error:
         raise ValueError(f"`{name}`: {which_part(base, error)}") from error
     except OSError as error:
@@ -172,15 +176,22 @@ def _from_hub(name: str, revision: str | None) -> Mapping[str, Any]:
         ) from error
 
 
-def _load(name: str, kind: str, placed: Mapping[str, list[Path]] | None = None) -> Mapping[str, Any]:
+def _load(
+    name: str, kind: str, placed: Mapping[str, list[Path]] | None = None, subset: str | None = None
+) -> Mapping[str, Any]:
     """Lets `datasets` read files, which says by any kind of error that it cannot."""
     files = {split: [str(file) for file in each] for split, each in (placed or {}).items()}
+    options = {key: value for key, value in (("name", subset), ("data_files", files)) if value}
     try:
-        return require("datasets").load_dataset(kind, **({"data_files": files} if files else {}))
+        return require("datasets").load_dataset(kind, **options)
     except Exception as error:
+        hint = (
+            " Unpack archives, and let images lie as in `train/CLASS/1.png` and `test/CLASS/2.png`, or as in "
+            "`CLASS/1.png`."
+        )
         raise ValueError(
-            f"`{name}` cannot be read as a data set of images: {which_part(name, error.__cause__ or error)} Unpack "
-            "archives, and let images lie as in `train/CLASS/1.png` and `test/CLASS/2.png`, or as in `CLASS/1.png`."
+            f"`{name}` cannot be read as a data set of images: {which_part(name, error.__cause__ or error)}"
+            f"{hint if subset is None else ''}"
         ) from error
 
 

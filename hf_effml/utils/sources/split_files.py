@@ -5,16 +5,20 @@ import re
 import unicodedata
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 
 __all__ = [
     "DATA_VARIABLE",
     "check_overlap",
+    "data_name",
     "find_data",
     "lists_files",
     "names_split",
+    "recorded_name",
     "split_class_folders",
     "split_folders",
+    "split_subset",
     "split_tables",
     "visible_files",
     "which_part",
@@ -50,6 +54,49 @@ def find_data(name_or_path: str) -> Path | None:
     if os.environ.get(DATA_VARIABLE):
         candidates.append(Path(os.environ[DATA_VARIABLE]).expanduser() / name_or_path)
     return next((path for path in candidates if _exists(path)), None)
+
+
+def split_subset(name_or_path: str) -> tuple[str, str | None]:
+    """Separates a data set from the subset of it that is wanted.
+
+    Args:
+        name_or_path (`str`):
+            As in `"me/flowers:small"`.
+
+    Returns:
+        `tuple[str, str | None]`: the data set, and the subset if one is named.
+    """
+    base, _, subset = name_or_path.rpartition(":")
+    return (base, subset) if base and subset and not set(subset) & {"/", "\\"} else (name_or_path, None)
+
+
+def data_name(name_or_path: str, hub_id: str | None) -> str:
+    """What to call a data set where paths of this machine mean nothing.
+
+    Args:
+        name_or_path (`str`):
+            As it was asked for, with a subset as in `"me/flowers:small"`.
+        hub_id (`str`, *optional*):
+            Its id on the Hub, if it came from there.
+
+    Returns:
+        `str`: as it was asked for on the Hub; else the last part of its path.
+    """
+    return Path(name_or_path.replace("/:", ":")).name if hub_id is None else name_or_path
+
+
+def recorded_name(data: Mapping[str, Any]) -> str | None:
+    """What to call a data set of which a name and an id on the Hub are recorded.
+
+    Args:
+        data (`Mapping`):
+            Its `name` and its `hub_id`, if they are known.
+
+    Returns:
+        `str` or `None`: its id, with the subset if one was taken; else its name.
+    """
+    name, hub_id = data.get("name"), data.get("hub_id")
+    return hub_id if hub_id and not str(name).startswith(f"{hub_id}:") else name
 
 
 def visible_files(folder: Path) -> list[Path]:
