@@ -26,7 +26,15 @@ from .imagenet import ImageFiles, ImageTables, Picture, find_imagenet, wanted_sy
 from .subsets import SUBSETS, Subset, subset_info
 
 
-__all__ = ["FACTS_NAME", "PictureSettings", "build_comp_dd", "encode_picture", "read_picture", "torchvision_decodes"]
+__all__ = [
+    "FACTS_NAME",
+    "PictureSettings",
+    "build_comp_dd",
+    "encode_picture",
+    "picture_features",
+    "read_picture",
+    "torchvision_decodes",
+]
 
 logger = logging.get_logger(__name__)
 
@@ -239,6 +247,28 @@ def build_comp_dd(
     return loaded[asked[0].config] if isinstance(subsets, str | Subset) and len(asked) == 1 else loaded
 
 
+def picture_features(classes: Sequence[str]) -> Any:
+    """Says which columns the tables of a subset have.
+
+    Args:
+        classes (`Sequence[str]`):
+            Names of its classes.
+
+    Returns:
+        `datasets.Features`
+    """
+    datasets = require("datasets")
+    return datasets.Features(
+        {
+            "image": datasets.Image(),
+            "label": datasets.ClassLabel(names=list(classes)),
+            "synset": datasets.Value("string"),
+            "imagenet_label": datasets.Value("int16"),
+            "file_name": datasets.Value("string"),
+        }
+    )
+
+
 class _FileRows:
     """Pictures that are read where they lie, in their final order."""
 
@@ -354,7 +384,7 @@ class _Plan:
 
     def build(self, progress: Callable[[int], Any]) -> None:
         """Writes what is missing, and the facts last."""
-        features = _features(self.subset)
+        features = picture_features(self.subset.names)
         for name in self.shards.start():
             split, part = self._parts[name]
             table = _as_table(self._watched(split, part, progress), self.subset, features)
@@ -480,19 +510,6 @@ def _by_torchvision(data: bytes, settings: PictureSettings) -> Image.Image:
     (wide, high), box = _target(pixels.shape[2], pixels.shape[1], settings)
     image = Image.fromarray(resize(pixels, [high, wide], antialias=True).permute(1, 2, 0).numpy())
     return image if box is None else image.crop(box)
-
-
-def _features(subset: Subset) -> Any:
-    datasets = require("datasets")
-    return datasets.Features(
-        {
-            "image": datasets.Image(),
-            "label": datasets.ClassLabel(names=list(subset.names)),
-            "synset": datasets.Value("string"),
-            "imagenet_label": datasets.Value("int16"),
-            "file_name": datasets.Value("string"),
-        }
-    )
 
 
 def _as_table(rows: Iterable[_Row], subset: Subset, features: Any) -> Any:

@@ -14,7 +14,7 @@ from hf_effml.utils.forms import check_forms, is_count, is_list, is_mapping, is_
 from hf_effml.utils.imports import require
 from hf_effml.utils.report import as_code, markdown_table
 
-from .building import FACTS_NAME
+from .building import FACTS_NAME, picture_features
 from .subsets import SUBSETS, list_subsets
 
 
@@ -205,18 +205,6 @@ class SubsetIndex(FolderKind):
 KINDS = (BuiltSubsets, SubsetIndex)
 
 
-def _features(classes: Sequence[str]) -> Any:
-    datasets = require("datasets")
-    columns = {"synset": "string", "imagenet_label": "int16", "file_name": "string"}
-    return datasets.Features(
-        {
-            "image": datasets.Image(),
-            "label": datasets.ClassLabel(names=list(classes)),
-            **{name: datasets.Value(kind) for name, kind in columns.items()},
-        }
-    )
-
-
 def _config(name: str, files: Mapping[str, str]) -> dict[str, Any]:
     listed = [{"split": split, "path": f"{name}/{pattern}"} for split, pattern in files.items()]
     return {"config_name": name, "data_files": listed}
@@ -229,7 +217,7 @@ def _info(name: str, facts: Mapping[str, Any]) -> Any:
     splits = {split: datasets.SplitInfo(split, size, images) for split, (images, size) in sizes.items()}
     total = sum(size for _, size in sizes.values())
     return datasets.DatasetInfo(
-        features=_features(facts["classes"]),
+        features=picture_features(facts["classes"]),
         splits=datasets.SplitDict(splits),
         config_name=name,
         download_size=total,
