@@ -1,5 +1,6 @@
 """Which values of `TrainingArguments` make no sense in any training, said before anything is loaded."""
 
+import json
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -73,7 +74,18 @@ class EffMLTrainingArguments(TrainingArguments):
         if self.report_to is None:  # type: ignore[has-type]
             # The type allows it, what reads it does not.
             self.report_to = "none"
+        for name in self._VALID_DICT_FIELDS:
+            _check_dictionary(name, getattr(self, name))
         super().__post_init__()
+
+
+def _check_dictionary(name: str, value: Any) -> None:
+    """What begins with a brace is read as JSON by transformers, which does not say of which argument."""
+    try:
+        if isinstance(value, str) and value.startswith("{"):
+            json.loads(value)
+    except ValueError as error:
+        raise ValueError(f"`{name}` must be JSON, as in '{{\"min_lr\": 1e-6}}'; got {value!r} ({error}).") from error
 
 
 def _check(name: str, value: Any) -> None:

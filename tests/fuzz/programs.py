@@ -14,7 +14,12 @@ from hf_effml.cli.parsing import parse_arguments
 from hf_effml.cli.recipes import read_recipes
 
 
-PROGRAMS = [path for path in sorted(scripts_folder().glob("[!_]*.py")) if not path.stem.startswith("experiment_")]
+PROGRAMS = [
+    path
+    for path in sorted(scripts_folder().glob("[!_]*.py"))
+    # The list of subsets has a parser of its own, which needs no transformers.
+    if not path.stem.startswith("experiment_") and path.stem != "comp_dd_list"
+]
 VALUES: list[Any] = [
     *(None, True, False, 0, 1, -1, 2, 3.5, -0.5, 1e-6, 1e300, 2**31, 2**63, -(2**63)),
     *(
