@@ -22,7 +22,6 @@ from .subsets import SUBSETS, subset_info
 __all__ = ["index_rows", "push_comp_dd", "push_index"]
 
 _ALL = "all"
-_VALIDATION_IMAGES = 50
 _GATE = {
     "extra_gated_prompt": TERMS,
     "extra_gated_fields": {
@@ -147,7 +146,7 @@ def index_rows(name: str) -> list[dict[str, Any]]:
             "category": subset.category,
             "difficulty": subset.difficulty,
             "train_images": None if subset.train_per_class is None else subset.train_per_class[label],
-            "validation_images": _VALIDATION_IMAGES,
+            "validation_images": subset.validation_images // len(subset.indices),
             "mean_complexity_percent": subset.mean_complexity,
         }
         for label, index in enumerate(subset.indices)

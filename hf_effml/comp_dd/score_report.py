@@ -11,7 +11,7 @@ from hf_effml.utils.files import replacing_file
 from hf_effml.utils.imports import require
 from hf_effml.utils.report import Column, Report
 from hf_effml.utils.sources.image_splits import load_image_splits
-from hf_effml.utils.sources.split_files import find_data
+from hf_effml.utils.sources.split_files import find_data, split_subset
 
 from .complexity import ComplexityScores, subset_complexity
 from .subsets import SUBSETS, list_subsets
@@ -59,7 +59,7 @@ def load_subsets(data: str, split: str) -> JoinedSubsets:
     Raises:
         FileNotFoundError: If there is no such data.
     """
-    base, _, config = data.partition(":")
+    base, config = split_subset(data)
     folder = find_data(data)
     built = sorted(path.parent.name for path in folder.glob("*/comp_dd.json")) if folder is not None else []
     if built:
@@ -93,7 +93,6 @@ def score_report(data: JoinedSubsets, scores: ComplexityScores, tables: Mapping[
     Returns:
         [`Report`]
     """
-
     percent: dict[str, Any] = {"format": ".1f", "scale": 100.0}
     columns = {"classes": Column("classes"), "images": Column("images")}
     for limit in tables:
@@ -163,7 +162,6 @@ def save_scores(data: JoinedSubsets, scores: ComplexityScores, networks: Sequenc
     Returns:
         `Path`: the file.
     """
-
     lengths = np.diff(data.starts)
     columns: dict[str, Any] = {
         "subset": np.repeat(list(data.parts), lengths).tolist(),
